@@ -1,0 +1,42 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each makes its own virtual environment.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+VENV ?= .venv
+BIN := $(VENV)/bin
+SETUP = $(PYTHON) tools/venv.py $(VENV) $(1) --torch "$(TORCH)" $(if $(TORCH_INDEX),--index $(TORCH_INDEX)) $(if $(CUDA),--cuda)
+
+.PHONY: demo test lint docs bench gpu clean
+
+demo:
+	@$(call SETUP,dev)
+	@$(BIN)/python examples/decoder_layer.py
+
+test:
+	@$(call SETUP,dev)
+	@$(BIN)/python -m pytest -n auto
+
+lint:
+	@$(call SETUP,dev)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+# What is generated from the rules: the support matrix, the list of rules, the schema of the JSON report.
+docs:
+	@$(call SETUP,dev)
+	@$(BIN)/attnrt matrix --write docs
+
+# Every figure of the README that a machine without a GPU can give.
+bench:
+	@$(call SETUP,bench)
+	@$(BIN)/python benchmarks/dispatch.py
+	@$(BIN)/python benchmarks/memory.py
+
+# On a GPU machine, with the python that has its torch: the GPU tests and benchmarks, results in gpu-results/.
+GPU_PYTHON ?= python3
+gpu:
+	@$(GPU_PYTHON) benchmarks/gpu.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

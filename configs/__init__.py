@@ -1,0 +1,1 @@
+"""Data that ships with attnrt: policies, advisories, model shapes. Read through `importlib.resources`."""
