@@ -1,0 +1,44 @@
+"""What a policy is: an order of preference for one request in one environment, with its evidence."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from attnrt.environment import Environment
+    from attnrt.request import AttentionRequest
+
+REST = "*"
+"""In an order: every registered backend that is not named elsewhere in it."""
+
+
+class Ranking(NamedTuple):
+    """A policy's answer. Backends that `order` neither names nor covers with "*" are not candidates."""
+
+    order: tuple[str, ...]
+    """Backend or family names, best first."""
+    line: str
+    """What decided, as the report shows it: "default: Hopper, decode"."""
+    why: str
+    """The evidence for this order."""
+
+
+class Policy(ABC):
+    """Subclass it, name it, and write `rank`. One object is one policy: it is hashed and compared by identity.
+
+    Attributes:
+        name: as the report shows it. description: one sentence. source: the file it came from, or "<object>".
+        on_failure: when the chosen kernel fails at run time, "raise", or go on to the "next" candidate with a warning.
+        deterministic: every backward must be deterministic, whatever the call says.
+    """
+
+    name: str
+    description: str = ""
+    on_failure: Literal["raise", "next"] = "raise"
+    deterministic: bool = False
+    source: str = "<object>"
+
+    @abstractmethod
+    def rank(self, request: AttentionRequest, environment: Environment) -> Ranking:
+        """The order for this request here. Must depend on nothing else: the answer is cached."""
