@@ -1,0 +1,292 @@
+"""The public calls. The path of a call whose choice is known is `attention` alone: build a key, look it up, run."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from attnrt import runtime
+from attnrt.decision import Decision
+from attnrt.environment import NAMED, Environment
+from attnrt.errors import ArgumentTypeError
+from attnrt.operands import NO_OPERANDS, Operands, signature
+from attnrt.request import AttentionRequest
+from attnrt.settings import ENCODED, PolicySpec, current_context, environ_keys, environ_values
+
+_last: ContextVar[Decision | None] = ContextVar("attnrt_last_decision", default=None)
+_set_last = _last.set
+_context = current_context
+_plans = runtime.plans
+_seen = runtime.seen
+_isdisjoint = environ_keys.isdisjoint
+_OURS = frozenset(ENCODED)
+_grad_enabled = torch.is_grad_enabled
+_autocast_enabled = torch.is_autocast_enabled
+_deterministic_enabled = torch.are_deterministic_algorithms_enabled
+
+
+@overload
+def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Any) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Any
+) -> tuple[Tensor, Tensor]: ...
+def attention(  # type: ignore[misc]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layout: str = "bhsd",
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    alignment: str | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    seqlens_q: Tensor | None = None,
+    seqlens_kv: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_kv: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_kv: int | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+    policy: PolicySpec = None,
+) -> Any:
+    """softmax(scale * q k^T) v by the best kernel that is really able to do the job on q's device.
+
+    Args:
+        q: (B, Hq, Sq, Dqk) for layout "bhsd". k: (B, Hkv, Skv, Dqk). v: (B, Hkv, Skv, Dv). One floating dtype, one
+            device. Hq is a multiple of Hkv; query head i reads KV head i // (Hq / Hkv).
+        layout: "bhsd" (as torch SDPA), "bshd" (as flash-attn), "sbhd" (as Megatron), or "thd": (tokens, heads, dim)
+            with sequences packed one after the other and `cu_seqlens_q`, `cu_seqlens_kv`.
+        causal: query at position p sees keys up to p.
+        window: (left, right), inclusive: it sees p - left .. p + right. None: unbounded on that side.
+        alignment: where query i stands: "top_left" at key i (PyTorch, ONNX), "bottom_right" at key i + Skv - Sq
+            (flash-attn), with each sequence's own lengths. Needed where they differ and causal, window or
+            alibi_slopes is used.
+        mask: bool, True = attend, broadcastable to (B, Hq, Sq, Skv); for "thd" (B, Hq, longest q, longest kv).
+        bias: added to the scaled scores, same broadcasting, q's dtype or float32, differentiable.
+        alibi_slopes: (Hq,) or (B, Hq) float32: -slope * |p - key| is added to the scaled scores, after softcap.
+        softcap: s becomes softcap * tanh(s / softcap), before bias and mask.
+        sinks: (Hq,), differentiable: logits that take part in the softmax denominator only.
+        dropout_p: probability in [0, 1) of dropping an attention weight. Applied whenever it is not 0.
+        scale: default 1 / sqrt(Dqk).
+        seqlens_q, seqlens_kv: (B,) int32: how much of a padded batch is real. The rest is never read.
+        cu_seqlens_q, cu_seqlens_kv: (B + 1,) int32 offsets for "thd"; tokens after the last belong to no sequence.
+        max_seqlen_q, max_seqlen_kv: longest sequence for "thd"; None reads it, which on a GPU synchronises.
+        return_lse: also return the natural log-sum-exp of the scaled, masked scores, without the sinks:
+            (B, Hq, Sq) float32, "thd": (Hq, T). It carries no gradient.
+        deterministic: the backward gives the same bits each time. None: torch.are_deterministic_algorithms_enabled().
+        backend: force one by name: it runs, or the call raises.
+        policy: a name under configs/policies, the path of a YAML file, or a Policy.
+
+    Returns:
+        The output in q's layout and dtype with head dim Dv; with `return_lse` the pair (output, lse). A query with
+        nothing to attend to gives zeros, an LSE of -inf and zero gradients. Under autocast q, k and v are first cast
+        to its dtype, as torch's SDPA does.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: an argument cannot be right; the message says which, its value and what is.
+        BackendUnavailable: no backend, or not the forced one, can serve the call; `.report` has every reason.
+        BackendFailed: the kernel raised, and the policy does not go on to the next.
+        VariableError, PolicyError: an environment variable or a policy file is wrong.
+    """
+    try:
+        on_cpu = q.is_cpu and k.is_cpu and v.is_cpu
+        if _autocast_enabled("cpu" if on_cpu else q.device.type) and q.dtype is not torch.float64:
+            return _autocast(dict(locals()))
+        if mask is bias is alibi_slopes is sinks is seqlens_q is seqlens_kv is cu_seqlens_q is cu_seqlens_kv is None:
+            operands, parts = NO_OPERANDS, None
+        else:
+            operands = Operands(mask, bias, alibi_slopes, sinks, seqlens_q, seqlens_kv, cu_seqlens_q, cu_seqlens_kv)
+            parts = signature(operands, layout, q, k, (max_seqlen_q, max_seqlen_kv))
+        key = (
+            q.shape,
+            k.shape,
+            v.shape,
+            q.is_contiguous() or q.stride(),
+            k.is_contiguous() or k.stride(),
+            v.is_contiguous() or v.stride(),
+            q.dtype,
+            k.dtype,
+            v.dtype,
+            on_cpu or _device_facts(q, k, v),
+            (q.requires_grad or k.requires_grad or v.requires_grad) and _grad_enabled(),
+            layout,
+            causal,
+            window,
+            alignment,
+            softcap,
+            dropout_p,
+            scale,
+            return_lse,
+            _deterministic_enabled() if deterministic is None else (deterministic,),
+            max_seqlen_q,
+            max_seqlen_kv,
+            parts,
+            backend,
+            policy,
+            _context(),
+        )
+        # 1 equals True as a key, but is not a flag: only real flags may find what was remembered.
+        flags = (causal is False or causal is True) and (return_lse is False or return_lse is True)
+        current = _isdisjoint(_OURS) if _seen.quiet else environ_values() == _seen.values
+        made = _plans.get(key) if flags and current else None
+    except (AttributeError, TypeError, KeyError):
+        # Not tensors, or not hashable: the checks below say what is wrong, or find a list where a tuple was meant.
+        key, made = None, None
+        operands = Operands(mask, bias, alibi_slopes, sinks, seqlens_q, seqlens_kv, cu_seqlens_q, cu_seqlens_kv)
+    if made is None or made.watched:
+        return _first(locals())
+    _set_last(made.decision)
+    try:
+        return made.run(q, k, v, operands)
+    except Exception as error:
+        runtime.demote(error, made.decision)
+        return _first({**locals(), "made": None})
+
+
+_OPTIONS = (
+    "layout",
+    "causal",
+    "window",
+    "alignment",
+    "softcap",
+    "dropout_p",
+    "scale",
+    "max_seqlen_q",
+    "max_seqlen_kv",
+    "return_lse",
+    "deterministic",
+    "backend",
+    "policy",
+)
+
+
+def _first(call: dict[str, Any]) -> Any:
+    """A call whose plan is not known yet, or is watched. Goes on to the next candidate as long as the policy does."""
+    key, made = call["key"], call["made"]
+    tensors = call["q"], call["k"], call["v"], call["operands"]
+    options = {name: call[name] for name in _OPTIONS}
+    while True:
+        if made is None:
+            made = runtime.plan(key, *tensors, options)
+        _set_last(made.decision)
+        try:
+            return runtime.run_watched(made, key, *tensors, options) if made.watched else made.run(*tensors)
+        except Exception as error:
+            runtime.demote(error, made.decision)
+            made = None
+
+
+def _autocast(call: dict[str, Any]) -> Any:
+    """Cast q, k and v to autocast's dtype, as torch's SDPA does, and run with autocast off."""
+    kind = call["q"].device.type
+    dtype = torch.get_autocast_dtype(kind)
+    for name in ("q", "k", "v"):
+        call[name] = call[name].to(dtype)
+    q, k, v = (call.pop(name) for name in ("q", "k", "v"))
+    with torch.autocast(kind, enabled=False):
+        return attention(q, k, v, **call)
+
+
+def _device_facts(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+    """Devices, pointer alignment and capture; the last two matter to GPU kernels only."""
+    return (
+        q.device,
+        k.device,
+        v.device,
+        (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
+        q.is_cuda and torch.cuda.is_current_stream_capturing(),
+    )
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layout: str = "bhsd",
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    alignment: str | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    seqlens_q: Tensor | None = None,
+    seqlens_kv: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_kv: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_kv: int | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+    policy: PolicySpec = None,
+) -> Decision:
+    """What `attention` would run for the same arguments, and why. Runs nothing; `print` the result.
+
+    A forced backend that cannot serve the call gives a report whose `.backend` is None, where `attention` would raise.
+
+    Raises:
+        ArgumentError, ArgumentTypeError, VariableError, PolicyError: as `attention` does.
+    """
+    call = dict(locals())
+    operands = Operands(mask, bias, alibi_slopes, sinks, seqlens_q, seqlens_kv, cu_seqlens_q, cu_seqlens_kv)
+    return runtime.decide(q, k, v, operands, **{name: call[name] for name in _OPTIONS})
+
+
+def explain_shape(
+    *,
+    environment: Environment | str | None = None,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+    policy: PolicySpec = None,
+    **shape: Any,
+) -> Decision:
+    """What would be chosen for a call of that shape, here or on a machine that is described. Needs no tensor, no GPU.
+
+    Args:
+        environment: None for this machine, one of `attnrt.environment.NAMED` ("h100", "a100", "b200", "rtx4090", ...),
+            an arch ("sm90"), or an `Environment`.
+        shape: as in `AttentionRequest.from_shape`: batch, heads_q, heads_kv, seqlen_q, seqlen_kv, head_dim, head_dim_v,
+            dtype, layout, causal, window, alignment, packed, padded, training, mask, bias, bias_grad, alibi, softcap,
+            sinks, dropout_p, scale, return_lse.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: a size, name or combination cannot be right.
+    """
+    chosen = runtime.settings(backend, policy)
+    request = AttentionRequest.from_shape(deterministic=runtime.wants_determinism(deterministic, chosen), **shape)
+    return runtime.choose(request, as_environment(environment), chosen)
+
+
+def as_environment(environment: Environment | str | None) -> Environment:
+    """A machine from what a user writes for one: None (this one), a name, an arch, or an `Environment`."""
+    if isinstance(environment, Environment):
+        return environment
+    if environment is None:
+        return Environment.detect().with_free_memory()
+    if not isinstance(environment, str):
+        raise ArgumentTypeError("environment", environment, f"one of {', '.join(NAMED)}, an arch, or an Environment")
+    if environment not in NAMED and environment.lower().startswith("sm"):
+        return Environment.simulate(environment)
+    return Environment.named(environment)
+
+
+def last_decision() -> Decision | None:
+    """The choice that the last `attention` call in this thread or async task ran. None before the first."""
+    return _last.get()

@@ -1,0 +1,73 @@
+"""The JSON of a report, as a versioned schema: `attnrt matrix --write docs` writes docs/report.schema.json."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ReasonModel(_Strict):
+    """Why a backend was refused."""
+
+    rule: str = Field(description="Stable id; docs/rules.md lists them.")
+    message: str
+    remedy: str | None
+
+
+class WarningModel(_Strict):
+    """A known defect that may touch the call."""
+
+    id: str
+    effect: str
+    remedy: str | None
+    source: str
+
+
+class VerdictModel(_Strict):
+    """What one backend can do with the call."""
+
+    backend: str
+    kernel: str | None = Field(description="Which of the backend's kernels, where it has several.")
+    eligible: bool
+    fused: bool = Field(description="False: the kernel holds the whole score matrix.")
+    bytes: int = Field(description="Estimated peak extra memory of the call.")
+    rank: int | None = Field(description="Place in the order of preference, 0 first; null: not in the policy.")
+    reasons: list[ReasonModel]
+    notes: list[str]
+    warnings: list[WarningModel]
+
+
+class OverrideModel(_Strict):
+    """One thing the user asked for."""
+
+    what: Literal["force", "prefer", "disable", "policy", "unfused_limit", "deterministic"]
+    value: str
+    source: str
+    beaten_by: str | None
+
+
+class ReportModel(_Strict):
+    """A decision, version 1 of the schema. Keys are only added within a version."""
+
+    schema_version: Literal[1] = Field(alias="schema")
+    backend: str | None = Field(description="The winner; null: nothing, or not the forced backend, can serve.")
+    kernel: str | None
+    why: str
+    policy: str
+    line: str
+    on_failure: Literal["raise", "next"]
+    forced: str | None
+    request: dict[str, Any]
+    environment: dict[str, Any]
+    overrides: list[OverrideModel]
+    verdicts: list[VerdictModel] = Field(description="In order of rank.")
+
+
+def schema_json() -> str:
+    return json.dumps(ReportModel.model_json_schema(by_alias=True), indent=2) + "\n"

@@ -1,0 +1,186 @@
+"""The choice: a pure function of request, environment, settings and backends. No CUDA call, no global state, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from attnrt.advisories import Advisory, matching
+from attnrt.backends.base import Backend, Kernel, Reason, reasons
+from attnrt.decision import Decision, Verdict, Verdicts
+from attnrt.environment import GIB, Environment
+from attnrt.request import AttentionRequest
+from attnrt.settings import Settings
+
+RULES = {
+    "NOT_BUILT": "The backend's adapter is not in this release, so it cannot run; simulated machines ignore this.",
+    "DISABLED": "The user turned the backend, its family or its kernel off.",
+    "NOT_IN_POLICY": "The policy does not list the backend.",
+    "DEMOTED": "The kernel failed for this request earlier, and the policy says `on_failure: next`.",
+    "UNFUSED_MEMORY": "The kernel holds the whole score matrix, which would not fit in memory.",
+}
+"""Reasons that come from the choice itself, not from a backend's rules."""
+
+
+def select(
+    request: AttentionRequest,
+    environment: Environment,
+    settings: Settings,
+    backends: Mapping[str, Backend],
+    demoted: Mapping[str, str] | None = None,
+) -> Decision:
+    """Give every backend a verdict with all its reasons, and choose the first eligible one in the order in force.
+
+    Args:
+        settings: what the user overrides, with the policy. demoted: backends that failed for this request, and how.
+    """
+    policy = settings.policy
+    assert policy is not None
+    ranking = policy.rank(request, environment)
+    order = _order(ranking.order, settings.prefer, backends)
+    verdicts = Verdicts(
+        tuple(
+            judge(backend, request, environment, settings, order.get(name), (demoted or {}).get(name))
+            for name, backend in backends.items()
+        )
+    )
+    candidates = [n for n in verdicts if not settings.force or n in settings.force]
+    winner = next((n for n in candidates if verdicts[n].eligible), None)
+    return Decision(
+        request=request,
+        environment=environment,
+        backend=winner,
+        why=_why(winner, verdicts, settings, ranking.line, ranking.why),
+        verdicts=verdicts,
+        policy=policy.name,
+        line=ranking.line,
+        on_failure=policy.on_failure,
+        forced=settings.force_name,
+        overrides=settings.overrides,
+    )
+
+
+def judge(
+    backend: Backend,
+    request: AttentionRequest,
+    environment: Environment,
+    settings: Settings,
+    rank: int | None,
+    demoted: str | None,
+) -> Verdict:
+    """One backend's verdict. Depends on no other backend, except that the settings may name it."""
+    refused: list[Reason] = []
+    if not backend.built and not environment.simulated:
+        refused.append(
+            Reason("NOT_BUILT", f"{backend.title} has no adapter in this release", "upgrade attnrt once it has")
+        )
+    if source := settings.disabled_by(backend.name):
+        refused.append(Reason("DISABLED", f"turned off by {source}", "lift it, or force it with backend="))
+    if rank is None and backend.name not in settings.force:
+        name = settings.policy.name if settings.policy else ""
+        refused.append(
+            Reason("NOT_IN_POLICY", f"policy {name!r} does not list it", "prefer or force it, or use another policy")
+        )
+    if demoted is not None:
+        refused.append(
+            Reason("DEMOTED", f"it failed for this request: {demoted}", "attnrt.refresh() forgets demotions")
+        )
+    refused += reasons(backend.all_rules, request, environment)
+    chosen: Kernel | None = None
+    passed_over: list[Reason] = []
+    warnings: tuple[Advisory, ...] = ()
+    for kernel in backend.kernels:
+        against, warnings = _kernel_reasons(backend, kernel, request, environment, settings)
+        if not against:
+            chosen = kernel
+            break
+        passed_over += against
+    if chosen is None:
+        refused += passed_over
+    shown = chosen or backend.kernels[-1]
+    eligible = not refused
+    return Verdict(
+        backend=backend.name,
+        eligible=eligible,
+        reasons=tuple(refused),
+        kernel=chosen.name if eligible and chosen is not None and chosen is not backend else None,
+        fused=shown.fused,
+        bytes=shown.bytes(request, environment),
+        rank=rank,
+        notes=shown.notes(request, environment) if eligible else (),
+        warnings=warnings if eligible else (),
+    )
+
+
+def _kernel_reasons(
+    backend: Backend, kernel: Kernel, request: AttentionRequest, environment: Environment, settings: Settings
+) -> tuple[list[Reason], tuple[Advisory, ...]]:
+    against: list[Reason] = []
+    if kernel is not backend:
+        if source := settings.disabled_by(f"{backend.name}.{kernel.name}"):
+            against.append(
+                Reason("DISABLED", f"{kernel.title} is turned off by {source}", "lift it, or force another backend")
+            )
+        against += reasons(kernel.all_rules, request, environment)
+    if not kernel.fused and (reason := _memory_reason(kernel, request, environment, settings)):
+        against.append(reason)
+    found = matching(backend.name, kernel.name, request, environment)
+    against += [Reason(a.id, a.effect, a.remedy) for a in found if a.action == "refuse"]
+    return against, tuple(a for a in found if a.action == "warn")
+
+
+def _memory_reason(
+    kernel: Kernel, request: AttentionRequest, environment: Environment, settings: Settings
+) -> Reason | None:
+    limit = environment.free_memory if settings.unfused_limit is None else settings.unfused_limit
+    needed = kernel.bytes(request, environment)
+    if limit is None or limit < 0 or needed <= limit:
+        return None
+    allowed = (
+        f"{size(limit)} is free" if settings.unfused_limit is None else f"ATTNRT_UNFUSED_LIMIT allows {size(limit)}"
+    )
+    return Reason(
+        "UNFUSED_MEMORY",
+        f"{kernel.title} is unfused: it would hold {size(needed)} ({needed} bytes) for the score matrix, and {allowed}",
+        "use a fused backend, shorten the call, or set ATTNRT_UNFUSED_LIMIT if the memory is really there",
+    )
+
+
+def _order(listed: tuple[str, ...], preferred: tuple[str, ...], backends: Mapping[str, Backend]) -> dict[str, int]:
+    """Concrete backend name -> rank: the preferred ones, then the policy's, families newest first, "*" the rest."""
+    families: dict[str, list[str]] = {}
+    for name, backend in backends.items():
+        families.setdefault(backend.family or name, []).append(name)
+    order: list[str] = list(preferred)
+    named = {member for entry in listed for member in families.get(entry, [entry])}
+    for entry in listed:
+        if entry == "*":
+            order += [n for n in backends if n not in named]
+        else:
+            order += families.get(entry, [entry])
+    return {name: i for i, name in enumerate(dict.fromkeys(order)) if name in backends}
+
+
+def _why(winner: str | None, verdicts: Verdicts, settings: Settings, line: str, evidence: str) -> str:
+    if winner is None:
+        if settings.force_name:
+            return f"{settings.force_name} is forced by {settings.force_source} and cannot serve this call"
+        return "no backend can serve this call"
+    if settings.force_name:
+        return f"forced by {settings.force_source}"
+    if winner in settings.prefer:
+        return f"preferred by {settings.prefer_source}"
+    ahead = [n for n in verdicts if verdicts[n].rank is not None and not verdicts[n].eligible]
+    rank = verdicts[winner].rank or 0
+    better = [n for n in ahead if (verdicts[n].rank or 0) < rank]
+    first = f"first eligible after {', '.join(better)}" if better else "first"
+    return f"{first} in {line}: {evidence}"
+
+
+def size(count: int) -> str:
+    """Bytes for a person: '1.5 GiB'."""
+    if count >= GIB:
+        return f"{count / GIB:.4g} GiB"
+    for unit, factor in (("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= factor:
+            return f"{count / factor:.4g} {unit}"
+    return f"{count} B"
