@@ -102,8 +102,7 @@ def attention(  # type: ignore[misc]
     """
     try:
         on_cpu = q.is_cpu and k.is_cpu and v.is_cpu
-        if _autocast_enabled("cpu" if on_cpu else q.device.type) and q.dtype is not torch.float64:
-            return _autocast(dict(locals()))
+        autocast = _autocast_enabled("cpu") if on_cpu else _autocast_on(q.device.type)
         if mask is bias is alibi_slopes is sinks is seqlens_q is seqlens_kv is cu_seqlens_q is cu_seqlens_kv is None:
             operands, parts = NO_OPERANDS, None
         else:
@@ -140,13 +139,13 @@ def attention(  # type: ignore[misc]
         # 1 equals True as a key, but is not a flag: only real flags may find what was remembered.
         flags = (causal is False or causal is True) and (return_lse is False or return_lse is True)
         current = _isdisjoint(_OURS) if _seen.quiet else environ_values() == _seen.values
-        made = _plans.get(key) if flags and current else None
+        made = _plans.get(key) if flags and current and not autocast else None
     except (AttributeError, TypeError, KeyError):
         # Not tensors, or not hashable: the checks below say what is wrong, or find a list where a tuple was meant.
-        key, made = None, None
+        key, made, autocast = None, None, False
         operands = Operands(mask, bias, alibi_slopes, sinks, seqlens_q, seqlens_kv, cu_seqlens_q, cu_seqlens_kv)
     if made is None or made.watched:
-        return _first(locals())
+        return _autocast(locals()) if autocast else _first(locals())
     _set_last(made.decision)
     try:
         return made.run(q, k, v, operands)
@@ -188,15 +187,21 @@ def _first(call: dict[str, Any]) -> Any:
             made = None
 
 
+def _autocast_on(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and _autocast_enabled(kind)
+
+
 def _autocast(call: dict[str, Any]) -> Any:
-    """Cast q, k and v to autocast's dtype, as torch's SDPA does, and run with autocast off."""
-    kind = call["q"].device.type
-    dtype = torch.get_autocast_dtype(kind)
-    for name in ("q", "k", "v"):
-        call[name] = call[name].to(dtype)
-    q, k, v = (call.pop(name) for name in ("q", "k", "v"))
-    with torch.autocast(kind, enabled=False):
-        return attention(q, k, v, **call)
+    """Cast q, k and v to autocast's dtype (float64 stays), as torch's SDPA does, and run with autocast off."""
+    options = {name: call[name] for name in (*_OPTIONS, *Operands._fields)}
+    tensors = _autocast_tensors(call["q"], call["k"], call["v"])
+    with torch.autocast(call["q"].device.type, enabled=False):
+        return attention(*tensors, **options)
+
+
+def _autocast_tensors(*tensors: Tensor) -> tuple[Tensor, ...]:
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(t if t.dtype is torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _device_facts(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
@@ -245,6 +250,8 @@ def explain(
         ArgumentError, ArgumentTypeError, VariableError, PolicyError: as `attention` does.
     """
     call = dict(locals())
+    if all(isinstance(t, Tensor) for t in (q, k, v)) and _autocast_on(q.device.type):
+        q, k, v = _autocast_tensors(q, k, v)
     operands = Operands(mask, bias, alibi_slopes, sinks, seqlens_q, seqlens_kv, cu_seqlens_q, cu_seqlens_kv)
     return runtime.decide(q, k, v, operands, **{name: call[name] for name in _OPTIONS})
 

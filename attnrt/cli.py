@@ -211,7 +211,8 @@ def report(arch: Arch = None, package: Package = None, as_json: Json = False) ->
             "backends": {name: {"built": b.built, "family": b.family} for name, b in registry.backends().items()},
             "overrides": [str(o) for o in chosen.overrides],
             "choices": {
-                name: {"backend": d.backend, "kernel": d.kernel, "why": d.why} for name, d in decisions.items()
+                name: {"backend": d.backend, "kernel": d.kernel, "why": d.why, "line": d.line, "evidence": d.evidence}
+                for name, d in decisions.items()
             },
         }
         typer.echo(json.dumps(content, indent=2))
@@ -248,7 +249,12 @@ def report_table(environment: attnrt.Environment, policy: Any, overrides: Any, d
         body.add_row(
             Text(name), Text(decision.label, style="bold green" if decision.backend else "bold red"), Text(decision.why)
         )
-    return Group(head, Text(""), body)
+    evidence = Table.grid(padding=(0, 2))
+    evidence.add_column(style="dim", no_wrap=True)
+    evidence.add_column(overflow="fold")
+    for line, grounds in {d.line: d.evidence for d in decisions.values()}.items():
+        evidence.add_row(line, Text(grounds))
+    return Group(head, Text(""), body, Text(""), evidence)
 
 
 @app.command()

@@ -93,7 +93,7 @@ class Decision:
         backend: the winner's name, None if nothing (or not the forced backend) can serve the call.
         why: one sentence naming the policy line or the override that made it win.
         verdicts: every backend's `Verdict`, by name.
-        policy, line: the policy and which of its lines ranked the backends.
+        policy, line, evidence: the policy, which of its lines ranked the backends, and what that line rests on.
         overrides: what the user asked for, and what overrode what.
         simulated: made for an `Environment` written by hand, where nothing can run.
     """
@@ -105,6 +105,7 @@ class Decision:
     verdicts: Verdicts
     policy: str
     line: str
+    evidence: str
     on_failure: str
     forced: str | None = None
     overrides: tuple[Override, ...] = ()
@@ -136,6 +137,7 @@ class Decision:
             "why": self.why,
             "policy": self.policy,
             "line": self.line,
+            "evidence": self.evidence,
             "on_failure": self.on_failure,
             "forced": self.forced,
             "request": self.request.to_dict(),

@@ -76,6 +76,7 @@ def facts(decision: Decision) -> list[tuple[str, str]]:
         ("call", decision.request.describe()),
         ("machine", machine(decision.environment)),
         ("policy", f"{decision.line}; when a kernel fails, {_failure(decision)}"),
+        ("evidence", decision.evidence),
     ]
     return found + [("override", str(o)) for o in decision.overrides]
 

@@ -60,7 +60,8 @@ class ReportModel(_Strict):
     kernel: str | None
     why: str
     policy: str
-    line: str
+    line: str = Field(description="The line of the policy that ranked the backends.")
+    evidence: str = Field(description="What that line rests on.")
     on_failure: Literal["raise", "next"]
     forced: str | None
     request: dict[str, Any]

@@ -49,7 +49,8 @@ def select(
         request=request,
         environment=environment,
         backend=winner,
-        why=_why(winner, verdicts, settings, ranking.line, ranking.why),
+        why=_why(winner, verdicts, settings, ranking.line),
+        evidence=ranking.why,
         verdicts=verdicts,
         policy=policy.name,
         line=ranking.line,
@@ -160,7 +161,7 @@ def _order(listed: tuple[str, ...], preferred: tuple[str, ...], backends: Mappin
     return {name: i for i, name in enumerate(dict.fromkeys(order)) if name in backends}
 
 
-def _why(winner: str | None, verdicts: Verdicts, settings: Settings, line: str, evidence: str) -> str:
+def _why(winner: str | None, verdicts: Verdicts, settings: Settings, line: str) -> str:
     if winner is None:
         if settings.force_name:
             return f"{settings.force_name} is forced by {settings.force_source} and cannot serve this call"
@@ -173,7 +174,7 @@ def _why(winner: str | None, verdicts: Verdicts, settings: Settings, line: str, 
     rank = verdicts[winner].rank or 0
     better = [n for n in ahead if (verdicts[n].rank or 0) < rank]
     first = f"first eligible after {', '.join(better)}" if better else "first"
-    return f"{first} in {line}: {evidence}"
+    return f"{first} in {line}"
 
 
 def size(count: int) -> str:
