@@ -22,15 +22,17 @@ lint:
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-# What is generated from the rules: the support matrix, the list of rules, the schema of the JSON report.
+# What is generated: the support matrix, the list of rules, the schema of the JSON report, the report in the README.
 docs:
 	@$(call SETUP,dev)
 	@$(BIN)/attnrt matrix --write docs
+	@$(BIN)/python tools/readme.py
 
 # Every figure of the README that a machine without a GPU can give.
 bench:
 	@$(call SETUP,bench)
-	@$(BIN)/python benchmarks/dispatch.py
+	@$(BIN)/python benchmarks/dispatch.py | tee $(VENV)/dispatch.txt
+	@$(BIN)/python tools/readme.py --dispatch $(VENV)/dispatch.txt
 	@$(BIN)/python benchmarks/memory.py
 
 # On a GPU machine, with the python that has its torch: the GPU tests and benchmarks, results in gpu-results/.

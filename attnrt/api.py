@@ -136,8 +136,10 @@ def attention(  # type: ignore[misc]
             policy,
             _context(),
         )
-        # 1 equals True as a key, but is not a flag: only real flags may find what was remembered.
+        # 1 equals True as a key, but is not a flag: only the right types may find what was remembered.
         flags = (causal is False or causal is True) and (return_lse is False or return_lse is True)
+        if not (deterministic is softcap is scale is window is None and dropout_p.__class__ is float):
+            flags = flags and _right_types(deterministic, window, softcap, scale, dropout_p)
         current = _isdisjoint(_OURS) if _seen.quiet else environ_values() == _seen.values
         made = _plans.get(key) if flags and current and not autocast else None
     except (AttributeError, TypeError, KeyError):
@@ -185,6 +187,12 @@ def _first(call: dict[str, Any]) -> Any:
         except Exception as error:
             runtime.demote(error, made.decision)
             made = None
+
+
+def _right_types(flag: Any, window: Any, *numbers: Any) -> bool:
+    if window is not None:
+        numbers = (*numbers, *window) if isinstance(window, tuple) else (True,)
+    return (flag is None or isinstance(flag, bool)) and not any(isinstance(n, bool) for n in numbers)
 
 
 def _autocast_on(kind: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,6 +100,9 @@ def environment_from(arch: str | None, packages: list[str] | None) -> attnrt.Env
         return found
     if arch is None:
         raise ArgumentError("--package", packages, "needs --arch: the packages of this machine are what they are")
+    for entry in packages:
+        if "=" not in entry:
+            raise ArgumentError("--package", entry, "name=version is needed, or name= for not installed")
     wanted = dict(entry.partition("=")[::2] for entry in packages)
     versions = dict(found.packages) | {name: value or None for name, value in wanted.items()}
     return attnrt.Environment.simulate(
@@ -127,7 +131,8 @@ def explain(
     alignment: Annotated[str | None, typer.Option(help="top_left or bottom_right, where Sq and Skv differ.")] = None,
     training: Annotated[bool, typer.Option("--training", help="Gradients are needed.")] = False,
     packed: Annotated[bool, typer.Option("--packed", help="Packed sequences (thd).")] = False,
-    padded: Annotated[bool, typer.Option("--padded", help="A padded batch with seqlens.")] = False,
+    padded: Annotated[bool, typer.Option("--padded", help="A padded batch: seqlens_q and seqlens_kv.")] = False,
+    padded_kv: Annotated[bool, typer.Option("--padded-kv", help="Only seqlens_kv, as for a KV cache.")] = False,
     mask: Annotated[bool, typer.Option("--mask", help="A boolean mask.")] = False,
     bias: Annotated[bool, typer.Option("--bias", help="An additive bias.")] = False,
     bias_grad: Annotated[bool, typer.Option("--bias-grad", help="... that is learned.")] = False,
@@ -162,7 +167,7 @@ def explain(
         alignment=alignment,
         training=training,
         packed=packed,
-        padded=padded,
+        padded="kv" if padded_kv and not padded else padded,
         mask=mask,
         bias=bias or bias_grad,
         bias_grad=bias_grad,
@@ -184,7 +189,7 @@ def parse_window(text: str | None) -> tuple[int | None, int | None] | None:
     if text is None:
         return None
     sides = text.split(",")
-    if len(sides) != 2 or not all(s.strip().isdigit() or not s.strip() for s in sides):
+    if len(sides) != 2 or not all(re.fullmatch(r"[0-9]*", s.strip()) for s in sides):
         raise ArgumentError("--window", text, "LEFT,RIGHT is needed, such as 1023,0; an empty side is unbounded")
     left, right = (int(s) if s.strip() else None for s in sides)
     return left, right
@@ -269,6 +274,8 @@ def matrix(
         from attnrt.schema import schema_json
 
         files = {"matrix.md": support_matrix.matrix_markdown(), "rules.md": support_matrix.rules_markdown()}
+        if not write.is_dir():
+            raise ArgumentError("--write", str(write), "an existing folder is needed")
         for name, content in (files | {"report.schema.json": schema_json()}).items():
             (write / name).write_text(content)
             typer.echo(f"wrote {write / name}")

@@ -27,7 +27,8 @@ class Verdict:
         reasons: every rule that refuses it; empty if it is eligible.
         kernel: which of its kernels would run ("flash_cpu"), None if it has only one or none is eligible.
         fused: it never holds the whole score matrix.
-        bytes: estimated peak extra memory of the call: outputs, gradients and workspace.
+        bytes: estimated peak extra memory of the call: outputs, gradients and workspace. quadratic_bytes: how much of
+            it grows with Sq * Skv.
         rank: place in the order of preference, 0 first; None if the policy does not list it.
         notes: copies and other things it does to serve the call. warnings: known defects that may touch it.
     """
@@ -38,6 +39,7 @@ class Verdict:
     kernel: str | None = None
     fused: bool = True
     bytes: int = 0
+    quadratic_bytes: int = 0
     rank: int | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[Advisory, ...] = ()
@@ -54,6 +56,7 @@ class Verdict:
             "eligible": self.eligible,
             "fused": self.fused,
             "bytes": self.bytes,
+            "quadratic_bytes": self.quadratic_bytes,
             "rank": self.rank,
             "reasons": [r._asdict() for r in self.reasons],
             "notes": list(self.notes),

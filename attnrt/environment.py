@@ -45,6 +45,8 @@ class Environment:
     device_index: int | None = None
     capability: tuple[int, int] | None = None
     sm_count: int | None = None
+    threads: int | None = None
+    """CPU threads that torch computes with; None on a GPU."""
     total_memory: int | None = None
     free_memory: int | None = None
     cuda: str | None = None
@@ -91,6 +93,7 @@ class Environment:
             "arch": self.arch,
             "capability": self.capability,
             "sm_count": self.sm_count,
+            "threads": self.threads,
             "total_memory": self.total_memory,
             "free_memory": self.free_memory,
             "cuda": self.cuda,
@@ -106,7 +109,10 @@ class Environment:
         """
         if device is None:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        device = torch.device(device)
+        try:
+            device = torch.device(device)
+        except (RuntimeError, TypeError):
+            raise ArgumentError("device", device, "a device such as 'cpu' or 'cuda:0' is needed") from None
         index: int | None = device.index
         if device.type == "cuda" and index is None:
             index = torch.cuda.current_device()
@@ -151,6 +157,11 @@ class Environment:
             if package not in PACKAGES:
                 raise UnknownNameError("packages", package, PACKAGES)
             installed[package] = _checked_version(package, version)
+        for argument, value in {"sm_count": sm_count, "memory": memory, "free_memory": free_memory}.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ArgumentTypeError(argument, value, "an integer is needed (memory in bytes)")
+            if value is not None and value < 0:
+                raise ArgumentError(argument, value, "at least 0 is needed")
         total = 32 * GIB if memory is None else memory
         return cls(
             name=name or f"simulated {arch.lower()}",
@@ -172,7 +183,7 @@ class Environment:
         Raises:
             UnknownNameError: not one of them.
         """
-        if name not in NAMED:
+        if not isinstance(name, str) or name not in NAMED:
             raise UnknownNameError("environment", name, NAMED)
         arch, title, sm_count, memory = NAMED[name]
         return cls.simulate(arch, name=f"{title} (simulated)", sm_count=sm_count, memory=memory)
@@ -231,6 +242,7 @@ def _detect(device_type: str, index: int | None) -> Environment:
 
     return Environment(
         name="CPU" if device_type == "cpu" else device_type,
+        threads=torch.get_num_threads(),
         device_type=device_type,
         device_index=index,
         total_memory=psutil.virtual_memory().total if device_type == "cpu" else None,

@@ -102,6 +102,9 @@ def bind(
         same = _check_padding(operands, batch_q, seqlen_q, seqlen_kv, q.device)
         tokens_q, tokens_kv = batch_q * seqlen_q, batch_q * seqlen_kv
     full = (batch_q, heads_q, seqlen_q, seqlen_kv)
+    mask = _score_operand("mask", operands.mask, full, q)
+    bias = _score_operand("bias", operands.bias, full, q)
+    sinks = _check_sinks(operands.sinks, heads_q, q)
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (q, k, v, operands.bias, operands.sinks)
     )
@@ -117,10 +120,10 @@ def bind(
         head_dim_v=dim_v,
         tokens_q=tokens_q,
         tokens_kv=tokens_kv,
-        mask=_score_operand("mask", operands.mask, full, q),
-        bias=_score_operand("bias", operands.bias, full, q),
+        mask=mask,
+        bias=bias,
         alibi=_check_alibi(operands.alibi_slopes, batch_q, heads_q, q),
-        sinks=_check_sinks(operands.sinks, heads_q, q),
+        sinks=sinks,
         sinks_grad=needs_grad and operands.sinks is not None and operands.sinks.requires_grad,
         padded_q=operands.seqlens_q is not None,
         padded_kv=operands.seqlens_kv is not None,
@@ -147,8 +150,12 @@ def _check_tensor(name: str, tensor: Any, layout: str) -> None:
         raise ArgumentError(
             f"{name}.shape", tuple(tensor.shape), f"layout={layout!r} has {dims} dims {_LAYOUT_DIMS[layout]}{hint}"
         )
+    _check_strided(name, tensor)
+
+
+def _check_strided(name: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided:
-        raise ArgumentTypeError(name, tensor.layout, "a strided (dense) tensor is needed")
+        raise ArgumentTypeError(f"{name}.layout", tensor.layout, "a dense (strided) tensor is needed: .to_dense()")
 
 
 def _check_shapes(
@@ -178,6 +185,7 @@ def _check_lengths(name: str, tensor: Any, size: int, device: torch.device, what
         raise ArgumentTypeError(name, tensor, f"an int32 tensor of shape ({what},) is needed")
     if tensor.dtype != torch.int32:
         raise ArgumentTypeError(name, tensor, f"must be int32: pass {name}.to(torch.int32)")
+    _check_strided(name, tensor)
     if size >= 0 and tuple(tensor.shape) != (size,):
         raise ArgumentError(name, tensor, f"must have shape ({what},) = ({size},)")
     if tensor.ndim != 1:
@@ -258,7 +266,16 @@ def _longest(name: str, value: Any, source: str, cu_seqlens: Tensor | None) -> i
 
 def signature(operands: Operands, layout: str, q: Tensor, k: Tensor, longest: tuple[Any, Any]) -> tuple[Any, ...]:
     """What of the optional tensors a choice depends on, for a cache key; lengths on a CPU are checked on the way."""
+    if any(t is not None and t.layout != torch.strided for t in operands):
+        return (None,)  # nothing is ever kept under this key: `bind` refuses it
     parts = tuple(None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in operands)
+    dims = len(_LAYOUT_DIMS[layout].split(","))
+    if (
+        q.ndim != dims
+        or k.ndim != dims
+        or any(t.dtype != torch.int32 or t.ndim != 1 for t in operands[4:] if t is not None)
+    ):
+        return parts
     if layout == "thd":
         cu_q, cu_kv = operands.cu_seqlens_q, operands.cu_seqlens_kv
         for name, cu, tokens in (("cu_seqlens_q", cu_q, q.shape[0]), ("cu_seqlens_kv", cu_kv, k.shape[0])):
@@ -284,6 +301,7 @@ def _score_operand(name: str, tensor: Any, full: tuple[int, int, int, int], q: T
         return None
     if not isinstance(tensor, Tensor):
         raise ArgumentTypeError(name, tensor, "a torch.Tensor is needed")
+    _check_strided(name, tensor)
     if name == "mask" and tensor.dtype != torch.bool:
         raise ArgumentTypeError(name, tensor, "must be bool, True = attend; an additive mask is bias=")
     if name == "bias" and tensor.dtype not in (q.dtype, torch.float32):
@@ -305,6 +323,7 @@ def _check_alibi(slopes: Any, batch: int, heads_q: int, q: Tensor) -> Any:
         raise ArgumentError(
             "alibi_slopes", slopes, f"must have shape (Hq,) = ({heads_q},) or (B, Hq) = ({batch}, {heads_q})"
         )
+    _check_strided("alibi_slopes", slopes)
     if slopes.device != q.device:
         raise ArgumentError("alibi_slopes", slopes, f"must be on q's device, {q.device}")
     if slopes.requires_grad and torch.is_grad_enabled():
@@ -319,6 +338,7 @@ def _check_sinks(sinks: Any, heads_q: int, q: Tensor) -> bool:
         return False
     if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
         raise ArgumentTypeError("sinks", sinks, "a floating-point tensor of shape (Hq,) is needed")
+    _check_strided("sinks", sinks)
     if tuple(sinks.shape) != (heads_q,):
         raise ArgumentError("sinks", sinks, f"must have shape (Hq,) = ({heads_q},)")
     if sinks.device != q.device:

@@ -136,8 +136,12 @@ def _valid(kernels: bool, _generation: int) -> dict[str, None]:
     return dict.fromkeys(names() + (kernel_names() if kernels else ()))
 
 
+_OURS = ("flash_attn",)
+"""Families that only bundled backends belong to."""
+
+
 def _check_backend(backend: Any, taken: dict[str, Backend]) -> None:
-    from attnrt.backends.base import Backend
+    from attnrt.backends.base import FEATURE_NAMES, Backend
 
     if not isinstance(backend, Backend):
         raise ArgumentTypeError("backend", backend, "an instance of a subclass of attnrt.Backend is needed")
@@ -147,5 +151,13 @@ def _check_backend(backend: Any, taken: dict[str, Backend]) -> None:
     for attribute in ("title", "prefix"):
         if not isinstance(getattr(backend, attribute, None), str):
             raise ArgumentError(f"backend.{attribute}", getattr(backend, attribute, None), "a string is needed")
-    if name in taken or name in {b.family for b in taken.values()}:
-        raise ArgumentError("backend.name", name, f"is taken; the names in use are {', '.join(taken)}")
+    others = {n: b for n, b in {**_registered, **taken}.items() if n != name or n in taken}
+    if name in others or name in {b.family for b in others.values()}:
+        raise ArgumentError("backend.name", name, f"is taken; the names in use are {', '.join(others)}")
+    family = backend.family
+    if family is not None and (not isinstance(family, str) or family in others or (family in _OURS and taken)):
+        raise ArgumentError("backend.family", family, "is taken, or not a string; a name of its own is needed")
+    for kernel in backend.kernels:
+        if not isinstance(kernel.supports, (frozenset, set)) or (unknown := kernel.supports - FEATURE_NAMES):
+            wrong = kernel.supports if not isinstance(kernel.supports, (frozenset, set)) else sorted(unknown)
+            raise ArgumentError("backend.supports", wrong, f"a set of names is needed, out of {sorted(FEATURE_NAMES)}")

@@ -212,7 +212,7 @@ class AttentionRequest:
         window: tuple[int | None, int | None] | None = None,
         alignment: str | None = None,
         packed: bool = False,
-        padded: bool = False,
+        padded: bool | Literal["kv"] = False,
         training: bool = False,
         mask: bool | tuple[int, ...] = False,
         bias: bool | tuple[int, ...] = False,
@@ -235,7 +235,8 @@ class AttentionRequest:
                 sequence, and queries and keys share them if they are equal.
             dtype: "fp16", "bf16", "fp32", "fp64", "fp8_e4m3", "fp8_e5m2", or a torch dtype.
             mask, bias: True for the full (B, Hq, Sq, Skv) shape, or a shape broadcastable to it.
-            bias_grad: the bias wants a gradient. padded: `seqlens_q` and `seqlens_kv` are given.
+            bias_grad: the bias wants a gradient. padded: `seqlens_q` and `seqlens_kv` are given, or with "kv" only the
+                latter, as for a KV cache.
 
         Raises:
             ArgumentError, ArgumentTypeError: a size, name or combination cannot be right.
@@ -248,11 +249,13 @@ class AttentionRequest:
         for name, size in sizes.items():
             check_size(name, size, at_least=0 if name in ("batch", "seqlen_q", "seqlen_kv") else 1)
         check_groups(heads_q, heads_kv)
-        flags = {"packed": packed, "padded": padded, "training": training, "bias_grad": bias_grad, "alibi": alibi}
+        if padded != "kv":
+            check_flag("padded", padded)
+        flags = {"packed": packed, "training": training, "bias_grad": bias_grad, "alibi": alibi}
         flags |= {"sinks": sinks, "return_lse": return_lse, "capturing": capturing, "compiled": compiled}
         for name, flag in flags.items():
             check_flag(name, flag)
-        layout = check_layout(layout or ("thd" if packed else "bshd"))
+        layout = check_layout(("thd" if packed else "bshd") if layout is None else layout)
         if packed != (layout == "thd"):
             raise ArgumentError("layout", layout, "packed sequences have layout 'thd', and only they do")
         if packed and padded:
@@ -283,9 +286,9 @@ class AttentionRequest:
             sinks=sinks,
             sinks_grad=sinks and training,
             dropout_p=dropout_p,
-            padded_q=padded,
-            padded_kv=padded,
-            same_lengths=(packed or padded) and seqlen_q == seqlen_kv,
+            padded_q=padded is True,
+            padded_kv=bool(padded),
+            same_lengths=(packed or padded is True) and seqlen_q == seqlen_kv,
             needs_grad=training,
             needs_lse=return_lse,
             deterministic=deterministic,
@@ -360,10 +363,9 @@ def broadcastable(name: str, shape: Any, full: tuple[int, int, int, int]) -> tup
     """`shape` left-padded to four dims, checked to broadcast to (B, Hq, Sq, Skv). True stands for the full shape."""
     if shape is True:
         return full
-    try:
-        dims = tuple(int(n) for n in shape)
-    except TypeError:
-        raise ArgumentTypeError(name, shape, f"a shape broadcastable to (B, Hq, Sq, Skv) = {full} is needed") from None
+    if not isinstance(shape, (tuple, list)) or any(type(n) is not int for n in shape):
+        raise ArgumentTypeError(name, shape, f"a shape broadcastable to (B, Hq, Sq, Skv) = {full} is needed")
+    dims = tuple(shape)
     padded = (1,) * (4 - len(dims)) + dims
     if len(dims) > 4 or any(n not in (1, want) for n, want in zip(padded, full, strict=False)):
         raise ArgumentError(name, dims, f"its shape must be broadcastable to (B, Hq, Sq, Skv) = {full}")
@@ -396,7 +398,7 @@ def check_groups(heads_q: int, heads_kv: int) -> None:
 
 
 def check_layout(layout: Any) -> str:
-    if layout not in LAYOUTS:
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise UnknownNameError("layout", layout, LAYOUTS)
     return str(layout)
 
@@ -419,7 +421,7 @@ def check_window(window: Any) -> tuple[int | None, int | None] | None:
 def check_alignment(
     alignment: Any, agree: bool, positional: list[str], seqlen_q: int, seqlen_kv: int, varying: bool
 ) -> Literal["top_left", "bottom_right"] | None:
-    if alignment is not None and alignment not in ALIGNMENTS:
+    if alignment is not None and (not isinstance(alignment, str) or alignment not in ALIGNMENTS):
         raise UnknownNameError("alignment", alignment, ALIGNMENTS)
     if agree or not positional:
         return None
@@ -439,9 +441,13 @@ def check_alignment(
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ArgumentTypeError(name, value, "a Python number is needed")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         raise ArgumentError(name, value, "a finite number is needed")
-    return float(value)
+    return number
 
 
 def check_softcap(softcap: Any) -> float | None:

@@ -18,7 +18,7 @@ from attnrt.errors import AdvisoryWarning, AttnrtError, BackendFailed, BackendUn
 from attnrt.operands import Operands, bind
 from attnrt.request import AttentionRequest
 from attnrt.selector import select
-from attnrt.settings import Context, Settings, current_context, environ_values, resolve
+from attnrt.settings import Context, Settings, check_policy, current_context, environ_values, resolve
 
 if TYPE_CHECKING:
     from attnrt.backends.base import Run
@@ -89,7 +89,9 @@ def _settings(backend: Any, policy: Any, context: Context, values: Variables) ->
 
 def settings(backend: Any, policy: Any) -> Settings:
     """The overrides in force here and now."""
-    registry.check_name("backend", backend) if backend is not None else None
+    if backend is not None:
+        registry.check_name("backend", backend)
+    check_policy("policy", policy)
     return _settings(backend, policy, current_context(), variables())
 
 
@@ -137,9 +139,7 @@ def plan(key: Any, q: Any, k: Any, v: Any, operands: Operands, options: dict[str
         except Exception as error:
             demote(error, decision)
     values = variables()
-    guarded = (
-        not (decision.winner and decision.winner.fused) and decision.winner is not None and decision.winner.bytes > BIG
-    )
+    guarded = decision.winner is not None and decision.winner.quadratic_bytes > BIG
     made = Plan(decision, run, guarded or values.report != "off" or values.verify, values.verify)
     _warn_of_advisories(decision)
     if key is not None:
@@ -187,10 +187,10 @@ def demote(error: Exception, decision: Decision) -> None:
 def run_watched(
     made: Plan, key: Any, q: Tensor, k: Tensor, v: Tensor, operands: Operands, options: dict[str, Any]
 ) -> Any:
-    """Run a plan that is announced, verified, or big and unfused, so that free memory must be looked at each time."""
+    """Run a plan that is announced, verified, or takes memory as large as the scores, whose room is looked at anew."""
     winner = made.decision.winner
     assert winner is not None
-    if not winner.fused and winner.bytes > BIG:
+    if winner.quadratic_bytes > BIG:
         again = choose(
             made.decision.request,
             made.decision.environment.with_free_memory(),
@@ -202,8 +202,8 @@ def run_watched(
     if made.verify:
         from attnrt.verify import check
 
-        made.verify = False
         check(made.decision, made.run, q, k, v, operands)
+        made.verify = False
     return made.run(q, k, v, operands)
 
 

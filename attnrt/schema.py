@@ -37,6 +37,7 @@ class VerdictModel(_Strict):
     eligible: bool
     fused: bool = Field(description="False: the kernel holds the whole score matrix.")
     bytes: int = Field(description="Estimated peak extra memory of the call.")
+    quadratic_bytes: int = Field(description="How much of it grows with Sq * Skv.")
     rank: int | None = Field(description="Place in the order of preference, 0 first; null: not in the policy.")
     reasons: list[ReasonModel]
     notes: list[str]

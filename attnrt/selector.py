@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from attnrt import registry
 from attnrt.advisories import Advisory, matching
 from attnrt.backends.base import Backend, Kernel, Reason, reasons
 from attnrt.decision import Decision, Verdict, Verdicts
@@ -17,6 +18,7 @@ RULES = {
     "NOT_IN_POLICY": "The policy does not list the backend.",
     "DEMOTED": "The kernel failed for this request earlier, and the policy says `on_failure: next`.",
     "UNFUSED_MEMORY": "The kernel holds the whole score matrix, which would not fit in memory.",
+    "WORKSPACE_MEMORY": "The kernel is fused, but its workspace is as large as the scores here, and would not fit.",
 }
 """Reasons that come from the choice itself, not from a backend's rules."""
 
@@ -106,6 +108,7 @@ def judge(
         kernel=chosen.name if eligible and chosen is not None and chosen is not backend else None,
         fused=shown.fused,
         bytes=shown.bytes(request, environment),
+        quadratic_bytes=shown.quadratic_bytes(request, environment),
         rank=rank,
         notes=shown.notes(request, environment) if eligible else (),
         warnings=warnings if eligible else (),
@@ -122,7 +125,7 @@ def _kernel_reasons(
                 Reason("DISABLED", f"{kernel.title} is turned off by {source}", "lift it, or force another backend")
             )
         against += reasons(kernel.all_rules, request, environment)
-    if not kernel.fused and (reason := _memory_reason(kernel, request, environment, settings)):
+    if reason := _memory_reason(kernel, request, environment, settings):
         against.append(reason)
     found = matching(backend.name, kernel.name, request, environment)
     against += [Reason(a.id, a.effect, a.remedy) for a in found if a.action == "refuse"]
@@ -133,15 +136,16 @@ def _memory_reason(
     kernel: Kernel, request: AttentionRequest, environment: Environment, settings: Settings
 ) -> Reason | None:
     limit = environment.free_memory if settings.unfused_limit is None else settings.unfused_limit
-    needed = kernel.bytes(request, environment)
+    needed = kernel.quadratic_bytes(request, environment)
     if limit is None or limit < 0 or needed <= limit:
         return None
     allowed = (
         f"{size(limit)} is free" if settings.unfused_limit is None else f"ATTNRT_UNFUSED_LIMIT allows {size(limit)}"
     )
+    holds = "asks for a workspace as large as the scores" if kernel.fused else "is unfused and holds the score matrix"
     return Reason(
-        "UNFUSED_MEMORY",
-        f"{kernel.title} is unfused: it would hold {size(needed)} ({needed} bytes) for the score matrix, and {allowed}",
+        "WORKSPACE_MEMORY" if kernel.fused else "UNFUSED_MEMORY",
+        f"{kernel.title} {holds}: {size(needed)} ({needed} bytes), and {allowed}",
         "use a fused backend, shorten the call, or set ATTNRT_UNFUSED_LIMIT if the memory is really there",
     )
 
@@ -151,13 +155,16 @@ def _order(listed: tuple[str, ...], preferred: tuple[str, ...], backends: Mappin
     families: dict[str, list[str]] = {}
     for name, backend in backends.items():
         families.setdefault(backend.family or name, []).append(name)
-    order: list[str] = list(preferred)
     named = {member for entry in listed for member in families.get(entry, [entry])}
+    ranked: list[str] = []
     for entry in listed:
-        if entry == "*":
-            order += [n for n in backends if n not in named]
-        else:
-            order += families.get(entry, [entry])
+        ranked += [n for n in backends if n not in named] if entry == "*" else families.get(entry, [entry])
+    # A preferred family comes first as a whole; which of its members is best stays the policy's word.
+    place = {name: i for i, name in enumerate(ranked)}
+    order = [
+        n for entry in preferred for n in sorted(families.get(entry, [entry]), key=lambda n: place.get(n, len(place)))
+    ]
+    order += ranked
     return {name: i for i, name in enumerate(dict.fromkeys(order)) if name in backends}
 
 
@@ -168,7 +175,7 @@ def _why(winner: str | None, verdicts: Verdicts, settings: Settings, line: str) 
         return "no backend can serve this call"
     if settings.force_name:
         return f"forced by {settings.force_source}"
-    if winner in settings.prefer:
+    if winner in registry.expand(settings.prefer):
         return f"preferred by {settings.prefer_source}"
     ahead = [n for n in verdicts if verdicts[n].rank is not None and not verdicts[n].eligible]
     rank = verdicts[winner].rank or 0

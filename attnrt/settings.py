@@ -72,6 +72,7 @@ class override:
     ) -> None:
         if backend is not None:
             registry.check_name("backend", backend)
+        check_policy("policy", policy)
         self._changes = _context_of(
             backend,
             False,
@@ -125,6 +126,13 @@ def _inner(outer: Context, changes: Context) -> Context:
         tuple(dict.fromkeys((*kept, *changes.disable))),
         outer.policy if changes.policy is None else changes.policy,
     )
+
+
+def check_policy(argument: str, spec: Any) -> None:
+    from attnrt.policies.base import Policy
+
+    if spec is not None and not isinstance(spec, (str, os.PathLike, Policy)):
+        raise ArgumentTypeError(argument, spec, "a built-in policy's name, a path to a YAML file or a Policy is needed")
 
 
 def names(argument: str, value: str | Iterable[str], kernels: bool = False) -> tuple[str, ...]:
@@ -250,7 +258,7 @@ def resolve(argument_backend: Any, argument_policy: PolicySpec, context: Context
         force=force,
         force_name=force_name,
         force_source=force_source,
-        prefer=registry.expand(prefer),
+        prefer=prefer,
         prefer_source=prefer_source if prefer else "",
         disabled=tuple((name, source) for name, (_, source) in switched_off.items()),
         policy=load_policy(spec, registry.names()),

@@ -11,7 +11,7 @@ from pydantic import ByteSize, Field, TypeAdapter, ValidationError, field_valida
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from attnrt import registry
-from attnrt.errors import VariableError, nearest
+from attnrt.errors import UnknownNameError, VariableError, nearest
 from attnrt.settings import NAMES
 
 VALUES = {
@@ -40,7 +40,9 @@ _NVTE = {
 class Variables(BaseSettings):
     """The values of every environment variable, parsed."""
 
-    model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore", frozen=True, populate_by_name=True)
+    model_config = SettingsConfigDict(
+        env_ignore_empty=True, case_sensitive=True, extra="ignore", frozen=True, populate_by_name=True
+    )
 
     backend: str | None = Field(default=None, validation_alias="ATTNRT_BACKEND")
     prefer: Annotated[tuple[str, ...], NoDecode] = Field(default=(), validation_alias="ATTNRT_PREFER")
@@ -72,6 +74,15 @@ class Variables(BaseSettings):
     def _all_known(cls, value: tuple[str, ...], info: Any) -> tuple[str, ...]:
         for name in value:
             registry.check_name(f"ATTNRT_{info.field_name.upper()}", name, kernels=info.field_name == "disable")
+        return value
+
+    @field_validator("policy")
+    @classmethod
+    def _policy(cls, value: str | None) -> str | None:
+        from attnrt.policies.preference import builtin_policies, is_path
+
+        if value is not None and not is_path(value) and value not in builtin_policies():
+            raise UnknownNameError("ATTNRT_POLICY", value, builtin_policies())
         return value
 
     @field_validator("unfused_limit", mode="before")
@@ -123,7 +134,7 @@ def read_variables() -> Variables:
     except ValidationError as error:
         for entry in error.errors():
             name = str(entry["loc"][0])
-            message = entry["msg"].removeprefix("Value error, ")
+            message = entry["msg"].removeprefix("Value error, ").removeprefix(f"{name}={os.environ.get(name)!r}: ")
             problems.append(f"{name}={os.environ.get(name)!r}: {message}; it takes {VALUES[name]}")
         raise VariableError("; ".join(problems)) from None
     if problems:

@@ -163,6 +163,10 @@ class Kernel:
         """Peak extra memory of one call beyond its inputs, in bytes: output, LSE, gradients, workspace."""
         return linear_bytes(request)
 
+    def quadratic_bytes(self, request: AttentionRequest, environment: Environment) -> int:
+        """How much of `bytes` grows with Sq * Skv: what a long call would run out of memory by."""
+        return 0 if self.fused else self.bytes(request, environment)
+
     def notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
         """What the kernel does to serve the request that a user may want to know, such as a copy."""
         return ()

@@ -30,7 +30,7 @@ class Policy(ABC):
     Attributes:
         name: as the report shows it. description: one sentence. source: the file it came from, or "<object>".
         on_failure: when the chosen kernel fails at run time, "raise", or go on to the "next" candidate with a warning.
-        deterministic: every backward must be deterministic, whatever the call says.
+        deterministic: every backward must be deterministic, unless the call itself says `deterministic=False`.
     """
 
     name: str

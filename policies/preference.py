@@ -77,7 +77,7 @@ def load_policy(spec: str | os.PathLike[str] | Policy, known: Iterable[str]) -> 
         return spec
     if not isinstance(spec, (str, os.PathLike)):
         raise ArgumentTypeError("policy", spec, "a built-in policy's name, a path to a YAML file or a Policy is needed")
-    if isinstance(spec, str) and not _is_path(spec):
+    if isinstance(spec, str) and not is_path(spec):
         return _load_builtin(spec, known)
     return _load_path(os.path.abspath(os.path.expanduser(spec)), known)
 
@@ -94,7 +94,8 @@ def forget_policies() -> None:
     _builtin_files.cache_clear()
 
 
-def _is_path(spec: str) -> bool:
+def is_path(spec: str) -> bool:
+    """Whether a policy's name means a file: it ends in .yaml or .yml, or has a separator."""
     return spec.endswith((".yaml", ".yml")) or "/" in spec or os.sep in spec
 
 
@@ -121,7 +122,9 @@ def _load_path(path: str, known: Iterable[str]) -> PreferencePolicy:
         # A backend may have been unregistered since: then the file is wrong now, and reading it again says where.
         if (policy := _loaded.get(key)) is None or policy.names.difference(known):
             policy = _loaded[key] = _read(path, Path(path).read_text("utf-8"), known)
-    except (OSError, UnicodeDecodeError) as error:
+    except PolicyError:
+        raise
+    except (OSError, ValueError) as error:
         raise PolicyError(path, None, f"cannot be read: {error}") from error
     return policy
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attnrt.backends.base import FEATURE_NAMES, Backend, linear_bytes
-from attnrt.backends.cudnn.rules import RULES, workspace
+from attnrt.backends.cudnn.rules import RULES, full_matrix_bytes, workspace
 from attnrt.environment import Environment
 from attnrt.request import ITEMSIZE, AttentionRequest
 
@@ -30,6 +30,10 @@ class CuDNN(Backend):
         if r.packed:
             total += r.batch * r.heads_q * r.seqlen_q * 4  # its LSE is padded
         return total
+
+    def quadratic_bytes(self, request: AttentionRequest, environment: Environment) -> int:
+        """Of the workspace, what a deterministic backward or a bias gradient makes as large as the scores."""
+        return full_matrix_bytes(request, environment)
 
     def notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
         return ("builds a plan once per shape, in 0.4 to 1.6 s",)

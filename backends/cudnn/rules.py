@@ -77,6 +77,13 @@ def _backward_256(r: AttentionRequest, e: Environment) -> bool:
 _INSTALLATION = (
     needs_nvidia("CUDNN", "cuDNN"),
     Rule(
+        "CUDNN_SCALE",
+        lambda r, e: r.scale <= 0,
+        "cuDNN hides scores before it scales them, so scale={r.scale} turns hidden ones into NaN or +inf",
+        "negate q and pass a scale over 0",
+        "measured on PyTorch 2.11's cuDNN 9.19 kernel, H100: NaN at scale 0 under a causal mask",
+    ),
+    Rule(
         "CUDNN_ARCH",
         lambda r, e: between(e, 0, 80),
         "{e.arch} is older than sm80, the first that cuDNN's attention runs on",
@@ -388,17 +395,24 @@ def _offset(r: AttentionRequest) -> int:
     return max(r.tokens_q * r.heads_q, r.tokens_kv * r.heads_kv) * r.head_dim
 
 
+def _full_matrix_dq(r: AttentionRequest, e: Environment) -> bool:
+    """A deterministic dq is summed from a matrix of partial results, but for the engines of sm100."""
+    return r.needs_grad and r.deterministic and not between(e, 100, 120)
+
+
+def full_matrix_bytes(r: AttentionRequest, e: Environment) -> int:
+    """The part of the backward's workspace that is as large as the scores."""
+    return r.scores * 2 if _full_matrix_dq(r, e) or (r.needs_grad and _bias_grad(r)) else 0
+
+
 def workspace(r: AttentionRequest, e: Environment) -> int:
     """Bytes of the backward's workspace, as cuDNN 9.19 reports them. The forward's is next to nothing."""
     if not r.needs_grad:
         return 0
     # Ampere-class engines ignore how many tokens a packed batch really has.
     tokens = r.batch * r.seqlen_q if r.packed and _ampere_class(e) else r.tokens_q
-    total = tokens * r.heads_q * 4
-    full_matrix = r.deterministic and not between(e, 100, 120)
-    if full_matrix or _bias_grad(r):
-        total += r.scores * 2
-    if not full_matrix:
+    total = tokens * r.heads_q * 4 + full_matrix_bytes(r, e)
+    if not _full_matrix_dq(r, e):
         total += tokens * r.heads_q * r.head_dim_qk * 4 * (2 if _ampere_class(e) else 1)
     if r.heads_q != r.heads_kv:
         total += r.tokens_kv * r.heads_q * (r.head_dim_qk + r.head_dim_v) * r.itemsize

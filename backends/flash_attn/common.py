@@ -40,6 +40,13 @@ def common(prefix: str, title: str, package: str, install: str) -> tuple[Rule, .
             f"{title} kernels",
         ),
         Rule(
+            f"{prefix}_SCALE",
+            lambda r, e: r.scale <= 0,
+            f"{title} hides scores before it scales them, so scale={{r.scale}} turns hidden ones into NaN or +inf",
+            "negate q and pass a scale over 0",
+            "measured on the flash-attn 2 inside PyTorch 2.11, H100: NaN at scale 0 under a causal mask",
+        ),
+        Rule(
             f"{prefix}_TOP_LEFT",
             lambda r, e: r.alignment == "top_left",
             f"{title} aligns bottom-right only, which is another mask where Sq={{r.seqlen_q}} and "

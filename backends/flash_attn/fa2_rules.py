@@ -59,6 +59,13 @@ RULES = (
         source=_README,
     ),
     needs("FA2_WINDOW_VERSION", PACKAGE, "2.3", lambda r, e: r.windowed, "a sliding window", source=_README),
+    Rule(
+        "FA2_OPEN_WINDOW",
+        lambda r, e: r.windowed and r.seqlen_q > r.seqlen_kv and (r.right is None or r.right >= r.seqlen_kv),
+        "Skv={r.seqlen_kv} stands in for a window's open right side, which Sq={r.seqlen_q} queries outreach",
+        "use a right bound under Skv, or causal=True",
+        "flash-attn 2.8 flash_api.cpp",
+    ),
     needs("FA2_ALIBI_VERSION", PACKAGE, "2.4", lambda r, e: r.alibi is not None, "ALiBi", source=_README),
     needs(
         "FA2_DETERMINISTIC_VERSION",

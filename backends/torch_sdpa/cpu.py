@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,14 +42,16 @@ class FlashCPU(Kernel):
     def bytes(self, request: AttentionRequest, environment: Environment) -> int:
         """Linear: outputs and gradients, the copies that `notes` tells of, and two masks of one tile."""
         r = request
-        total = linear_bytes(r)
+        total = linear_bytes(r) + _scratch(r, environment.threads or 1)
         slots = r.tokens_q * r.heads_q * r.head_dim, r.tokens_kv * r.heads_kv * r.head_dim * 2
         if r.head_dim_qk != r.head_dim_v or r.strides == "last_dim":
             total += sum(slots) * r.itemsize * (2 if r.needs_grad else 1)
         if not plain(r):
             rows = tile_rows(r, r.batch)
             total += 2 * mask_bytes(r, 1 if rows <= MIN_ROWS else r.batch, rows)
-            total += slots[1] * 4 if r.needs_grad else 0  # dk and dv summed in float32
+            if r.needs_grad and rows < r.seqlen_q:
+                # Tiles write dq where it belongs; dk and dv they sum, in float32 for 16-bit inputs.
+                total += (slots[1] if r.itemsize == 2 else 0) * 4 - slots[0] * 4
         return total
 
     def notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
@@ -71,6 +74,13 @@ class FlashCPU(Kernel):
         return _plain(request) if plain(request) else _tiled(request)
 
 
+def _scratch(r: AttentionRequest, threads: int) -> int:
+    """Each thread's block of scores, in float32, and their gradient: 512 keys by the kernel's own block of queries."""
+    queries = 256 if r.seqlen_q >= 768 else 64 if r.seqlen_q >= 192 else 32
+    wide = 8 if r.dtype == "fp64" else 4
+    return threads * queries * (512 * (2 if r.needs_grad else 1) + r.head_dim) * wide
+
+
 def plain(r: AttentionRequest) -> bool:
     """F.scaled_dot_product_attention runs it as it stands, on this kernel: every check of its own dispatch passes."""
     varying = r.padded or r.packed or dense(r) or r.sinks or r.needs_lse or r.empty
@@ -81,23 +91,33 @@ def plain(r: AttentionRequest) -> bool:
 def _plain(r: AttentionRequest) -> Run:
     """As little as possible around PyTorch's own call: its host time is what small calls cost."""
     sdpa, causal, scale, gqa = F.scaled_dot_product_attention, r.is_causal, r.scale, r.group > 1
+    allowed = torch.backends.cuda.flash_sdp_enabled
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        if allowed():
+            return sdpa(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=gqa)
+        # Inside somebody's sdpa_kernel(...) block that excludes flash: what was reported runs all the same.
+        return kernel(q, k, v, 0.0, causal, scale=scale)[0]
+
     match r.layout:
         case "bhsd":
 
             def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
-                return sdpa(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=gqa)
+                if allowed():
+                    return sdpa(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=gqa)
+                return attend(q, k, v)
 
         case "bshd":
 
             def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
-                q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-                return sdpa(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=gqa).transpose(1, 2)
+                return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
         case _:
 
             def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
-                q, k, v = q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
-                return sdpa(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=gqa).permute(2, 0, 1, 3)
+                q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
+                return attend(q, k, v).permute(2, 0, 1, 3)
 
     return run
 

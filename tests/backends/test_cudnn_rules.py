@@ -45,6 +45,7 @@ HEADS_64 = {"batch": 1, "heads_q": 64, "heads_kv": 8, "seqlen_q": 8192, "causal"
 
 # rule, (request, environment) that breaks it and nothing else, what to change to be just inside
 ONE_BY_ONE: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+    ("CUDNN_SCALE", {"scale": 0.0}, {}, {"scale": 0.1}),
     ("CUDNN_ARCH", {}, {"arch": "sm75"}, {"arch": "sm80"}),
     ("CUDNN_INSTALLED", {}, {"packages": {"nvidia-cudnn-frontend": None}}, {"packages": {}}),
     ("CUDNN_LIBRARY", {}, {"cudnn": None}, {"cudnn": "9.0"}),
