@@ -10,7 +10,6 @@ import json
 import shutil
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 MINIMUM = (3, 11)
@@ -35,7 +34,7 @@ def main() -> None:
         return
     if not python.exists():
         print(f"making {options.folder}")
-        venv.create(options.folder, with_pip=True)
+        run([sys.executable, "-m", "venv", str(options.folder)])
     pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
     index = ["--extra-index-url", options.index] if options.index else []
     if subprocess.run([str(python), "-c", "import torch"], capture_output=True).returncode:
