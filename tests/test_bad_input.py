@@ -124,7 +124,12 @@ TENSORS = [
     Case("mixed dtypes", call(k=f64), ArgumentTypeError, ("dtype", "torch.float64", "cast them")),
     Case("mixed devices", call(k=meta), ArgumentError, ("device", "meta", "share one device")),
     Case("mixed devices, q", call(q=meta), ArgumentError, ("device", "meta", "share one device")),
-    Case("sparse", call(q=torch.zeros(2, 4, 8, 16).to_sparse()), ArgumentTypeError, ("q.layout=torch.sparse_coo", "dense")),
+    Case(
+        "sparse",
+        call(q=torch.zeros(2, 4, 8, 16).to_sparse()),
+        ArgumentTypeError,
+        ("q.layout=torch.sparse_coo", "dense"),
+    ),
     Case("batch", call(k=torch.zeros(1, 4, 8, 16)), ArgumentError, ("batch=(2, 1, 2)", "check layout=")),
     Case("kv heads", call(v=torch.zeros(2, 2, 8, 16)), ArgumentError, ("heads_kv=(4, 2)", "same number of heads")),
     Case("kv lengths", call(v=torch.zeros(2, 4, 9, 16)), ArgumentError, ("seqlen_kv=(8, 9)", "check layout=")),
