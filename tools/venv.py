@@ -57,9 +57,7 @@ def refuse_cuda(pip: list[str], torch: str, index: list[str]) -> None:
         text=True,
     )
     if report.returncode:
-        sys.exit(
-            f"pip cannot find {torch}: {report.stderr.strip()}\nname another one with TORCH= and TORCH_INDEX="
-        )
+        sys.exit(f"pip cannot find {torch}: {report.stderr.strip()}\nname another one with TORCH= and TORCH_INDEX=")
     needs = json.loads(report.stdout)["install"][0]["metadata"].get("requires_dist", [])
     if any(need.startswith(("nvidia-", "cuda-")) for need in needs):
         sys.exit(
