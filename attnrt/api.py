@@ -138,7 +138,8 @@ def attention(  # type: ignore[misc]
         )
         # 1 equals True as a key, but is not a flag: only the right types may find what was remembered.
         flags = (causal is False or causal is True) and (return_lse is False or return_lse is True)
-        if not (deterministic is softcap is scale is window is None and dropout_p.__class__ is float):
+        bare = deterministic is None and softcap is None and scale is None and window is None
+        if not (bare and dropout_p.__class__ is float):
             flags = flags and _right_types(deterministic, window, softcap, scale, dropout_p)
         current = _isdisjoint(_OURS) if _seen.quiet else environ_values() == _seen.values
         made = _plans.get(key) if flags and current and not autocast else None

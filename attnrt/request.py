@@ -365,7 +365,7 @@ def broadcastable(name: str, shape: Any, full: tuple[int, int, int, int]) -> tup
         return full
     if not isinstance(shape, (tuple, list)) or any(type(n) is not int for n in shape):
         raise ArgumentTypeError(name, shape, f"a shape broadcastable to (B, Hq, Sq, Skv) = {full} is needed")
-    dims = tuple(shape)
+    dims: tuple[int, ...] = tuple(shape)
     padded = (1,) * (4 - len(dims)) + dims
     if len(dims) > 4 or any(n not in (1, want) for n, want in zip(padded, full, strict=False)):
         raise ArgumentError(name, dims, f"its shape must be broadcastable to (B, Hq, Sq, Skv) = {full}")
@@ -435,7 +435,7 @@ def check_alignment(
             "'top_left' puts query i at key i (PyTorch, ONNX), 'bottom_right' at key i + Skv - Sq "
             f"(flash-attn); say which{remedy}",
         )
-    return alignment  # type: ignore[no-any-return]
+    return "top_left" if alignment == "top_left" else "bottom_right"
 
 
 def _number(name: str, value: Any) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,7 +92,7 @@ def plain(r: AttentionRequest) -> bool:
 def _plain(r: AttentionRequest) -> Run:
     """As little as possible around PyTorch's own call: its host time is what small calls cost."""
     sdpa, causal, scale, gqa = F.scaled_dot_product_attention, r.is_causal, r.scale, r.group > 1
-    allowed = torch.backends.cuda.flash_sdp_enabled
+    allowed: Callable[[], bool] = torch.backends.cuda.flash_sdp_enabled
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
