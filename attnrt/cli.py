@@ -222,7 +222,7 @@ def report(arch: Arch = None, package: Package = None, as_json: Json = False) ->
         }
         typer.echo(json.dumps(content, indent=2))
         return
-    typer.echo(render(report_table(environment, policy, chosen.overrides, decisions)))
+    typer.echo(render(report_table(environment, policy, chosen.overrides, decisions), sys.stdout))
 
 
 def report_table(environment: attnrt.Environment, policy: Any, overrides: Any, decisions: dict[str, Any]) -> Any:

@@ -162,9 +162,11 @@ class Decision:
         return markdown(self)
 
     def __str__(self) -> str:
+        import sys
+
         from attnrt.report import text
 
-        return text(self)
+        return text(self, sys.stdout)
 
     def __rich__(self) -> RenderableType:
         from attnrt.report import renderable

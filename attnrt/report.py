@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from io import StringIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from attnrt.selector import size
 
@@ -18,16 +17,16 @@ if TYPE_CHECKING:
 PLAIN_WIDTH = 110
 
 
-def text(decision: Decision) -> str:
-    """The report as `print` shows it: coloured and as wide as the terminal if there is one, plain otherwise."""
-    return render(renderable(decision))
+def text(decision: Decision, stream: TextIO | None = None) -> str:
+    """The report as text, plain; coloured and as wide as the terminal if it is meant for one."""
+    return render(renderable(decision), stream)
 
 
-def render(content: RenderableType) -> str:
-    """Any rich renderable as a string fit for stdout."""
+def render(content: RenderableType, stream: TextIO | None) -> str:
+    """Any rich renderable as a string fit for the stream it is meant for; None: plain."""
     from rich.console import Console
 
-    terminal = bool(getattr(sys.stdout, "isatty", lambda: False)())
+    terminal = bool(getattr(stream, "isatty", lambda: False)())
     console = Console(
         file=StringIO(),
         force_terminal=terminal,

@@ -16,6 +16,7 @@ from attnrt.decision import Decision
 from attnrt.environment import Environment, forget
 from attnrt.errors import AdvisoryWarning, AttnrtError, BackendFailed, BackendUnavailable, DemotionWarning
 from attnrt.operands import Operands, bind
+from attnrt.report import text
 from attnrt.request import AttentionRequest
 from attnrt.selector import select
 from attnrt.settings import Context, Settings, check_policy, current_context, environ_values, resolve
@@ -130,7 +131,7 @@ def plan(key: Any, q: Any, k: Any, v: Any, operands: Operands, options: dict[str
     while True:
         decision = decide(q, k, v, operands, **options)
         if decision.backend is None:
-            raise BackendUnavailable(str(decision), decision)
+            raise BackendUnavailable(text(decision), decision)
         backend = registry.backends()[decision.backend]
         kernel = next((n for n in backend.kernels if n.name == decision.kernel), backend)
         try:
@@ -217,7 +218,7 @@ def announce(decision: Decision) -> None:
         if len(_announced) >= MAX_PLANS:
             _announced.clear()
         _announced.add(mark)
-        print(decision, file=sys.stderr)
+        print(text(decision, sys.stderr), file=sys.stderr)
     elif mode == "each":
         print(f"attnrt: {decision.label} for {decision.request.describe()}: {decision.why}", file=sys.stderr)
 

@@ -13,6 +13,7 @@ from attnrt.decision import Decision
 from attnrt.environment import Environment
 from attnrt.errors import AdvisoryWarning, VerificationFailed
 from attnrt.operands import Operands
+from attnrt.report import text
 
 if TYPE_CHECKING:
     from attnrt.backends.base import Run
@@ -45,7 +46,7 @@ def check(decision: Decision, run: Run, q: Tensor, k: Tensor, v: Tensor, operand
         if not same_infinities or not error <= allowed:
             raise VerificationFailed(
                 f"{decision.label} differs from the reference in {name}: {error:.3g} where {allowed:.3g} is allowed; "
-                f"the call was {request.describe()}\n{decision}",
+                f"the call was {request.describe()}\n{text(decision)}",
                 decision,
             )
 

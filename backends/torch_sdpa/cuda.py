@@ -175,7 +175,18 @@ class Efficient(Kernel):
     title = "PyTorch's memory-efficient kernel"
     prefix = "TORCH_EFFICIENT"
     supports = frozenset(
-        {"backward", "bias", "bias_grad", "causal", "cuda_graph", "dropout", "mask", "top_left", "unequal_head_dims"}
+        {
+            "backward",
+            "bias",
+            "bias_grad",
+            "causal",
+            "cuda_graph",
+            "dropout",
+            "gqa",
+            "mask",
+            "top_left",
+            "unequal_head_dims",
+        }
     )
     rules = (
         _device("TORCH_EFFICIENT", "PyTorch's memory-efficient kernel", 50),
@@ -200,12 +211,16 @@ class Efficient(Kernel):
         if added and r.is_causal:
             added = max(added, r.seqlen_q * r.seqlen_kv)
         grad = r.scores * r.itemsize if r.bias is not None and r.bias.requires_grad else 0
-        return linear_bytes(r) + 2 * added * r.itemsize + grad
+        repeated = r.tokens_kv * r.heads_q * (r.head_dim_qk + r.head_dim_v) * r.itemsize if r.group > 1 else 0
+        return linear_bytes(r) + 2 * added * r.itemsize + grad + repeated * (2 if r.needs_grad else 1)
 
     def notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
-        if request.mask is None and (request.bias is None or not request.is_causal):
-            return ()
-        return ("makes one additive mask of those given: a copy as large as they are",)
+        said = []
+        if request.mask is not None or (request.bias is not None and request.is_causal):
+            said.append("makes one additive mask of those given: a copy as large as they are")
+        if request.group > 1:
+            said.append(f"repeats k and v {request.group} times: a linear copy")
+        return tuple(said)
 
     def prepare(self, request: AttentionRequest, environment: Environment) -> Run:
         r = request
@@ -216,6 +231,8 @@ class Efficient(Kernel):
         def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
             added = _aligned(r, additive_mask(r, operands, dtype, q.device)) if combined else None
             q, k, v = as_bhsd(q, r.layout), as_bhsd(k, r.layout), as_bhsd(v, r.layout)
+            if r.group > 1:
+                k, v = k.repeat_interleave(r.group, 1), v.repeat_interleave(r.group, 1)
             out = attend(q, k, v, added, r.needs_grad, r.dropout_p, causal, scale=r.scale)[0]
             return from_bhsd(out, r.layout)
 
