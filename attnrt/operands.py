@@ -268,7 +268,10 @@ def signature(operands: Operands, layout: str, q: Tensor, k: Tensor, longest: tu
     """What of the optional tensors a choice depends on, for a cache key; lengths on a CPU are checked on the way."""
     if any(t is not None and t.layout != torch.strided for t in operands):
         return (None,)  # nothing is ever kept under this key: `bind` refuses it
-    parts = tuple(None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in operands)
+    grad = torch.is_grad_enabled()
+    parts = tuple(
+        None if t is None else (t.shape, t.stride(), t.dtype, t.device, grad and t.requires_grad) for t in operands
+    )
     dims = len(_LAYOUT_DIMS[layout].split(","))
     if (
         q.ndim != dims

@@ -5,6 +5,7 @@ Listing names imports no backend's package: a backend is rules until it runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib import metadata
 from threading import Lock
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 _lock = Lock()
 _registered: dict[str, Backend] = {}
 _generation = 0
-"""Grows with every registration, so that cached choices are made again."""
+"""Grows with every registration; names are looked up anew."""
+on_change: list[Callable[[], None]] = []
+"""Called after every registration: remembered choices may be other ones now."""
 
 
 @cache
@@ -65,7 +68,7 @@ def register_backend(backend: Backend) -> None:
     with _lock:
         _registered[backend.name] = backend
         _generation += 1
-    _families.cache_clear()
+    _changed()
 
 
 def unregister_backend(name: str) -> None:
@@ -80,11 +83,13 @@ def unregister_backend(name: str) -> None:
     with _lock:
         del _registered[name]
         _generation += 1
+    _changed()
+
+
+def _changed() -> None:
     _families.cache_clear()
-
-
-def generation() -> int:
-    return _generation
+    for forget in on_change:
+        forget()
 
 
 @cache

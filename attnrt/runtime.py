@@ -45,18 +45,17 @@ plans: dict[Any, Plan] = {}
 
 
 class Seen:
-    """The environment variables' raw values when they were last parsed; `quiet`: none was set."""
+    """The environment variables as they were last parsed, with their raw values; `quiet`: none was set."""
 
-    __slots__ = ("quiet", "values")
+    __slots__ = ("quiet", "values", "variables")
 
     def __init__(self) -> None:
         self.values: list[Any] = [object()]
         self.quiet = False
+        self.variables: Variables | None = None
 
 
 seen = Seen()
-_variables: list[Variables] = []
-_registry_seen = [-1]
 _demoted: dict[tuple[AttentionRequest, str], dict[str, str]] = {}
 _announced: set[tuple[AttentionRequest, str | None]] = set()
 _warned: set[str] = set()
@@ -71,16 +70,23 @@ def variables() -> Variables:
     """
     from attnrt.variables import read_variables
 
-    values = environ_values()
-    if values != seen.values or not _variables or registry.generation() != _registry_seen[0]:
-        parsed = read_variables()
+    values, known = environ_values(), seen.variables
+    if known is None or values != seen.values:
+        known = read_variables()
         with _lock:
             plans.clear()
             _settings.cache_clear()
-            _variables[:] = [parsed]
-            seen.values, seen.quiet = values, not any(value is not None for value in values)
-            _registry_seen[0] = registry.generation()
-    return _variables[0]
+            seen.variables, seen.values, seen.quiet = known, values, not any(v is not None for v in values)
+    return known
+
+
+def _forget_choices() -> None:
+    with _lock:
+        plans.clear()
+        seen.variables = None  # names in them may be unknown now
+
+
+registry.on_change.append(_forget_choices)
 
 
 @lru_cache(maxsize=256)
@@ -247,5 +253,5 @@ def refresh() -> None:
         _demoted.clear()
         _announced.clear()
         _warned.clear()
-        _variables.clear()
+        seen.variables = None
     variables()
