@@ -108,6 +108,8 @@ def attention(  # type: ignore[misc]
         else:
             operands = Operands(mask, bias, alibi_slopes, sinks, seqlens_q, seqlens_kv, cu_seqlens_q, cu_seqlens_kv)
             parts = signature(operands, layout, q, k, (max_seqlen_q, max_seqlen_kv))
+        if window is not None and type(window) is not tuple:
+            window = tuple(window)  # type: ignore[assignment]  # a list cannot be a key
         key = (
             q.shape,
             k.shape,
@@ -141,8 +143,10 @@ def attention(  # type: ignore[misc]
         bare = deterministic is None and softcap is None and scale is None and window is None
         if not (bare and dropout_p.__class__ is float):
             flags = flags and _right_types(deterministic, window, softcap, scale, dropout_p)
+        if not flags:
+            key = None  # type: ignore[assignment]
         current = _isdisjoint(_OURS) if _seen.quiet else environ_values() == _seen.values
-        made = _plans.get(key) if flags and current and not autocast else None
+        made = _plans.get(key) if current and not autocast else None
     except (AttributeError, TypeError, KeyError):
         # Not tensors, or not hashable: the checks below say what is wrong, or find a list where a tuple was meant.
         key, made, autocast = None, None, False
@@ -176,6 +180,12 @@ _OPTIONS = (
 
 def _first(call: dict[str, Any]) -> Any:
     """A call whose plan is not known yet, or is watched. Goes on to the next candidate as long as the policy does."""
+    if torch.compiler.is_compiling():  # choosing reads files and versions, which is not for a graph
+        return torch.compiler.disable(_first_now)(call)
+    return _first_now(call)
+
+
+def _first_now(call: dict[str, Any]) -> Any:
     key, made = call["key"], call["made"]
     tensors = call["q"], call["k"], call["v"], call["operands"]
     options = {name: call[name] for name in _OPTIONS}
@@ -184,7 +194,10 @@ def _first(call: dict[str, Any]) -> Any:
             made = runtime.plan(key, *tensors, options)
         _set_last(made.decision)
         try:
-            return runtime.run_watched(made, key, *tensors, options) if made.watched else made.run(*tensors)
+            if made.watched:
+                made = runtime.examine(made, *tensors, options)
+                _set_last(made.decision)
+            return made.run(*tensors)
         except Exception as error:
             runtime.demote(error, made.decision)
             made = None
@@ -203,14 +216,11 @@ def _autocast_on(kind: str) -> bool:
 def _autocast(call: dict[str, Any]) -> Any:
     """Cast q, k and v to autocast's dtype (float64 stays), as torch's SDPA does, and run with autocast off."""
     options = {name: call[name] for name in (*_OPTIONS, *Operands._fields)}
-    tensors = _autocast_tensors(call["q"], call["k"], call["v"])
-    with torch.autocast(call["q"].device.type, enabled=False):
+    kind = call["q"].device.type
+    dtype = torch.get_autocast_dtype(kind)
+    tensors = (call[n] if call[n].dtype is torch.float64 else call[n].to(dtype) for n in ("q", "k", "v"))
+    with torch.autocast(kind, enabled=False):
         return attention(*tensors, **options)
-
-
-def _autocast_tensors(*tensors: Tensor) -> tuple[Tensor, ...]:
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple(t if t.dtype is torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _device_facts(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
@@ -259,10 +269,11 @@ def explain(
         ArgumentError, ArgumentTypeError, VariableError, PolicyError: as `attention` does.
     """
     call = dict(locals())
-    if all(isinstance(t, Tensor) for t in (q, k, v)) and _autocast_on(q.device.type):
-        q, k, v = _autocast_tensors(q, k, v)
+    cast = None
+    if isinstance(q, Tensor) and _autocast_on(q.device.type):
+        cast = torch.get_autocast_dtype(q.device.type)
     operands = Operands(mask, bias, alibi_slopes, sinks, seqlens_q, seqlens_kv, cu_seqlens_q, cu_seqlens_kv)
-    return runtime.decide(q, k, v, operands, **{name: call[name] for name in _OPTIONS})
+    return runtime.decide(q, k, v, operands, cast=cast, **{name: call[name] for name in _OPTIONS})
 
 
 def explain_shape(

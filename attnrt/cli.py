@@ -288,7 +288,7 @@ def matrix(
 def main() -> None:
     """The console script: our own errors are one line and exit code 2."""
     try:
-        app()
+        app(prog_name="attnrt")
     except AttnrtError as error:
         typer.secho(f"attnrt: {error}", fg="red", err=True)
         sys.exit(2)

@@ -30,6 +30,7 @@ class Verdict:
         bytes: estimated peak extra memory of the call: outputs, gradients and workspace. quadratic_bytes: how much of
             it grows with Sq * Skv.
         rank: place in the order of preference, 0 first; None if the policy does not list it.
+        passed_over: why the backend's better kernels do not serve, where it has several.
         notes: copies and other things it does to serve the call. warnings: known defects that may touch it.
     """
 
@@ -41,6 +42,7 @@ class Verdict:
     bytes: int = 0
     quadratic_bytes: int = 0
     rank: int | None = None
+    passed_over: tuple[Reason, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[Advisory, ...] = ()
 
@@ -59,6 +61,7 @@ class Verdict:
             "quadratic_bytes": self.quadratic_bytes,
             "rank": self.rank,
             "reasons": [r._asdict() for r in self.reasons],
+            "passed_over": [r._asdict() for r in self.passed_over],
             "notes": list(self.notes),
             "warnings": [
                 {"id": a.id, "effect": a.effect, "remedy": a.remedy, "source": a.source} for a in self.warnings

@@ -57,7 +57,7 @@ def cell(backend: Backend, arch: str, probe: dict[str, Any]) -> str:
         shape = {**BASE, **probe, "training": training}
         if not training:
             shape.pop("bias_grad", None)
-        verdict = judge(backend, AttentionRequest.from_shape(**shape), environment, settings, 0, None)
+        verdict = judge(backend, AttentionRequest.from_shape(**shape), environment, settings, {backend.name: 0}, None)
         if verdict.eligible:
             return f"{word} ({verdict.kernel})" if verdict.kernel else word
     return "no"
@@ -127,7 +127,7 @@ def rule_ids() -> frozenset[str]:
 
 
 def _settings() -> Settings:
-    return Settings(policy=load_policy("default", registry.names()), unfused_limit=-1)
+    return Settings(policy=load_policy("default", registry.rankable()), unfused_limit=-1)
 
 
 def _escape(text: str | None) -> str:

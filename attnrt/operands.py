@@ -52,9 +52,10 @@ def bind(
     max_seqlen_kv: Any,
     deterministic: Any,
     return_lse: Any,
+    cast: torch.dtype | None = None,
     **options: Any,
 ) -> AttentionRequest:
-    """Check every argument of a call and freeze it into a request.
+    """Check every argument of a call and freeze it into a request. `cast`: q, k and v will have that dtype by then.
 
     Raises:
         ArgumentTypeError: a wrong type or dtype. ArgumentError: a wrong shape, value, device or combination.
@@ -63,8 +64,10 @@ def bind(
     check_flag("return_lse", return_lse)
     for name, tensor in {"q": q, "k": k, "v": v}.items():
         _check_tensor(name, tensor, layout)
-    if not q.dtype == k.dtype == v.dtype:
-        raise ArgumentTypeError("dtype", (q.dtype, k.dtype, v.dtype), "q, k and v must share one dtype; cast them")
+    dtypes = tuple(t.dtype if cast is None or t.dtype == torch.float64 else cast for t in (q, k, v))
+    if len(set(dtypes)) > 1:
+        raise ArgumentTypeError("dtype", dtypes, "q, k and v must share one dtype; cast them")
+    dtype = dtypes[0]
     if not q.device == k.device == v.device:
         raise ArgumentError("device", (str(q.device), str(k.device), str(v.device)), "q, k and v must share one device")
     packed = layout == "thd"
@@ -102,14 +105,14 @@ def bind(
         same = _check_padding(operands, batch_q, seqlen_q, seqlen_kv, q.device)
         tokens_q, tokens_kv = batch_q * seqlen_q, batch_q * seqlen_kv
     full = (batch_q, heads_q, seqlen_q, seqlen_kv)
-    mask = _score_operand("mask", operands.mask, full, q)
-    bias = _score_operand("bias", operands.bias, full, q)
+    mask = _score_operand("mask", operands.mask, full, q, dtype)
+    bias = _score_operand("bias", operands.bias, full, q, dtype)
     sinks = _check_sinks(operands.sinks, heads_q, q)
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (q, k, v, operands.bias, operands.sinks)
     )
     return AttentionRequest.build(
-        dtype=DTYPES[q.dtype],
+        dtype=DTYPES[dtype],
         layout=layout,
         batch=batch_q,
         heads_q=heads_q,
@@ -132,7 +135,7 @@ def bind(
         needs_lse=return_lse,
         deterministic=torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
         strides=_stride_class(q, k, v),
-        aligned=_aligned(q, k, v),
+        aligned=cast is not None or _aligned(q, k, v),
         capturing=q.is_cuda and torch.cuda.is_current_stream_capturing(),
         compiled=torch.compiler.is_compiling(),
         **options,
@@ -299,7 +302,9 @@ def signature(operands: Operands, layout: str, q: Tensor, k: Tensor, longest: tu
     return (*parts, _same(operands.seqlens_q, operands.seqlens_kv))
 
 
-def _score_operand(name: str, tensor: Any, full: tuple[int, int, int, int], q: Tensor) -> Operand | None:
+def _score_operand(
+    name: str, tensor: Any, full: tuple[int, int, int, int], q: Tensor, dtype: torch.dtype
+) -> Operand | None:
     if tensor is None:
         return None
     if not isinstance(tensor, Tensor):
@@ -307,8 +312,8 @@ def _score_operand(name: str, tensor: Any, full: tuple[int, int, int, int], q: T
     _check_strided(name, tensor)
     if name == "mask" and tensor.dtype != torch.bool:
         raise ArgumentTypeError(name, tensor, "must be bool, True = attend; an additive mask is bias=")
-    if name == "bias" and tensor.dtype not in (q.dtype, torch.float32):
-        raise ArgumentTypeError(name, tensor, f"must have q's dtype {q.dtype} or float32; a bool mask is mask=")
+    if name == "bias" and tensor.dtype not in (dtype, torch.float32):
+        raise ArgumentTypeError(name, tensor, f"must have q's dtype {dtype} or float32; a bool mask is mask=")
     if tensor.device != q.device:
         raise ArgumentError(name, tensor, f"must be on q's device, {q.device}")
     shape = broadcastable(name, tuple(tensor.shape), full)

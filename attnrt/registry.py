@@ -121,6 +121,11 @@ def _expanded(listed: tuple[str, ...], _generation: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys(member for name in listed for member in families().get(name, (name,))))
 
 
+def rankable() -> tuple[str, ...]:
+    """Every name a policy may list: backends, families, and kernels of backends that have several."""
+    return (*names(), *kernel_names())
+
+
 def expand(listed: tuple[str, ...]) -> tuple[str, ...]:
     """Families replaced by their members, newest first; each name once."""
     return _expanded(listed, _generation)

@@ -31,7 +31,7 @@ def render(content: RenderableType, stream: TextIO | None) -> str:
         file=StringIO(),
         force_terminal=terminal,
         width=None if terminal else PLAIN_WIDTH,
-        no_color=not terminal,
+        no_color=None if terminal else True,
         highlight=False,
     )
     console.print(content)
@@ -113,6 +113,7 @@ def _word(verdict: Verdict, decision: Decision) -> str:
 
 def _lines(verdict: Verdict) -> list[str]:
     lines = [_reason(reason) for reason in verdict.reasons]
+    lines += [f"passed over {_reason(reason)}" for reason in verdict.passed_over]
     lines += [f"warning {a.id}: {a.effect} ({a.source})" for a in verdict.warnings]
     return lines + list(verdict.notes)
 

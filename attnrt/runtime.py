@@ -105,7 +105,7 @@ def settings(backend: Any, policy: Any) -> Settings:
 def decide(
     q: Any, k: Any, v: Any, operands: Operands, *, backend: Any, policy: Any, deterministic: Any, **options: Any
 ) -> Decision:
-    """Check the call and choose for it; run nothing."""
+    """Check the call and choose for it; run nothing. `cast`: the dtype that autocast would give q, k and v."""
     chosen = settings(backend, policy)
     deterministic = wants_determinism(deterministic, chosen)
     request = bind(q, k, v, operands, deterministic=deterministic, **options)
@@ -191,27 +191,23 @@ def demote(error: Exception, decision: Decision) -> None:
     warnings.warn(f"attnrt: {summary}; trying the next backend", DemotionWarning, stacklevel=4)
 
 
-def run_watched(
-    made: Plan, key: Any, q: Tensor, k: Tensor, v: Tensor, operands: Operands, options: dict[str, Any]
-) -> Any:
-    """Run a plan that is announced, verified, or takes memory as large as the scores, whose room is looked at anew."""
+def examine(made: Plan, q: Tensor, k: Tensor, v: Tensor, operands: Operands, options: dict[str, Any]) -> Plan:
+    """Before a watched plan runs: look at its room anew if it takes memory as large as the scores, announce it, verify
+    it. Returns the plan to run, which is another one for this call if there is no room now."""
     winner = made.decision.winner
     assert winner is not None
     if winner.quadratic_bytes > BIG:
-        again = choose(
-            made.decision.request,
-            made.decision.environment.with_free_memory(),
-            settings(options["backend"], options["policy"]),
-        )
-        if again.backend != made.decision.backend or again.kernel != made.decision.kernel:
-            made = plan(key, q, k, v, operands, options)
+        chosen = settings(options["backend"], options["policy"])
+        again = choose(made.decision.request, made.decision.environment.with_free_memory(), chosen)
+        if again.label != made.decision.label:
+            made = plan(None, q, k, v, operands, options)
     announce(made.decision)
     if made.verify:
         from attnrt.verify import check
 
         check(made.decision, made.run, q, k, v, operands)
         made.verify = False
-    return made.run(q, k, v, operands)
+    return made
 
 
 def announce(decision: Decision) -> None:

@@ -40,6 +40,7 @@ class VerdictModel(_Strict):
     quadratic_bytes: int = Field(description="How much of it grows with Sq * Skv.")
     rank: int | None = Field(description="Place in the order of preference, 0 first; null: not in the policy.")
     reasons: list[ReasonModel]
+    passed_over: list[ReasonModel] = Field(description="Why the backend's better kernels do not serve.")
     notes: list[str]
     warnings: list[WarningModel]
 

@@ -41,7 +41,7 @@ def select(
     order = _order(ranking.order, settings.prefer, backends)
     verdicts = Verdicts(
         tuple(
-            judge(backend, request, environment, settings, order.get(name), (demoted or {}).get(name))
+            judge(backend, request, environment, settings, order, (demoted or {}).get(name))
             for name, backend in backends.items()
         )
     )
@@ -67,10 +67,14 @@ def judge(
     request: AttentionRequest,
     environment: Environment,
     settings: Settings,
-    rank: int | None,
+    order: Mapping[str, int],
     demoted: str | None,
 ) -> Verdict:
-    """One backend's verdict. Depends on no other backend, except that the settings may name it."""
+    """One backend's verdict. Depends on no other backend, except that the settings may name it.
+
+    Args:
+        order: rank by backend name, and by "backend.kernel" where a policy ranks one kernel by itself.
+    """
     refused: list[Reason] = []
     if not backend.built and not environment.simulated:
         refused.append(
@@ -78,11 +82,6 @@ def judge(
         )
     if source := settings.disabled_by(backend.name):
         refused.append(Reason("DISABLED", f"turned off by {source}", "lift it, or force it with backend="))
-    if rank is None and backend.name not in settings.force:
-        name = settings.policy.name if settings.policy else ""
-        refused.append(
-            Reason("NOT_IN_POLICY", f"policy {name!r} does not list it", "prefer or force it, or use another policy")
-        )
     if demoted is not None:
         refused.append(
             Reason("DEMOTED", f"it failed for this request: {demoted}", "attnrt.refresh() forgets demotions")
@@ -91,7 +90,8 @@ def judge(
     chosen: Kernel | None = None
     passed_over: list[Reason] = []
     warnings: tuple[Advisory, ...] = ()
-    for kernel in backend.kernels:
+    candidates = [k for k in backend.kernels if k.runs_on(environment)] or list(backend.kernels)
+    for kernel in candidates:
         against, warnings = _kernel_reasons(backend, kernel, request, environment, settings)
         if not against:
             chosen = kernel
@@ -99,17 +99,27 @@ def judge(
         passed_over += against
     if chosen is None:
         refused += passed_over
-    shown = chosen or backend.kernels[-1]
+    shown = chosen or candidates[-1]
+    name = chosen.name if chosen is not None and chosen is not backend else None
+    rank = order.get(f"{backend.name}.{name}", order.get(backend.name))
+    if rank is None and chosen is None:
+        rank = min((i for entry, i in order.items() if entry.startswith(f"{backend.name}.")), default=None)
+    if rank is None and backend.name not in settings.force:
+        policy = settings.policy.name if settings.policy else ""
+        refused.append(
+            Reason("NOT_IN_POLICY", f"policy {policy!r} does not list it", "prefer or force it, or use another policy")
+        )
     eligible = not refused
     return Verdict(
         backend=backend.name,
         eligible=eligible,
         reasons=tuple(refused),
-        kernel=chosen.name if eligible and chosen is not None and chosen is not backend else None,
+        kernel=name if eligible else None,
         fused=shown.fused,
         bytes=shown.bytes(request, environment),
         quadratic_bytes=shown.quadratic_bytes(request, environment),
         rank=rank,
+        passed_over=tuple(passed_over) if eligible else (),
         notes=shown.notes(request, environment) if eligible else (),
         warnings=warnings if eligible else (),
     )
@@ -165,7 +175,7 @@ def _order(listed: tuple[str, ...], preferred: tuple[str, ...], backends: Mappin
         n for entry in preferred for n in sorted(families.get(entry, [entry]), key=lambda n: place.get(n, len(place)))
     ]
     order += ranked
-    return {name: i for i, name in enumerate(dict.fromkeys(order)) if name in backends}
+    return {name: i for i, name in enumerate(dict.fromkeys(order)) if name.partition(".")[0] in backends}
 
 
 def _why(winner: str | None, verdicts: Verdicts, settings: Settings, line: str) -> str:

@@ -261,7 +261,7 @@ def resolve(argument_backend: Any, argument_policy: PolicySpec, context: Context
         prefer=prefer,
         prefer_source=prefer_source if prefer else "",
         disabled=tuple((name, source) for name, (_, source) in switched_off.items()),
-        policy=load_policy(spec, registry.names()),
+        policy=load_policy(spec, registry.rankable()),
         policy_source=policy_source,
         unfused_limit=variables.unfused_limit,
         overrides=tuple(overrides),

@@ -155,6 +155,10 @@ class Kernel:
     fused: ClassVar[bool] = True
     """False if it holds the whole score matrix in memory."""
 
+    def runs_on(self, environment: Environment) -> bool:
+        """Whether it is meant for this kind of device at all; if not, a backend's other kernels are looked at alone."""
+        return True
+
     @cached_property
     def all_rules(self) -> tuple[Rule, ...]:
         return (*feature_rules(self.prefix, self.title, self.supports), *self.rules)

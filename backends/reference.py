@@ -69,6 +69,8 @@ class Reference(Backend):
         """The output in q's layout and dtype, and, if the request asks for it, the LSE in float32."""
 
         def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
+            if not torch.amp.is_autocast_available(q.device.type):
+                return _attend(request, q, k, v, operands)
             # Inside autocast, matmul would fall back to 16 bits.
             with torch.autocast(q.device.type, enabled=False):
                 return _attend(request, q, k, v, operands)

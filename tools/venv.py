@@ -50,16 +50,16 @@ def main() -> None:
 
 
 def refuse_cuda(pip: list[str], torch: str, index: list[str]) -> None:
-    """Stop before gigabytes come down: without an NVIDIA GPU the resolved wheel must need no nvidia package."""
+    """Stop before gigabytes come down: without an NVIDIA GPU nothing that pip would install may be NVIDIA's."""
     report = subprocess.run(
-        [*pip, "install", "-q", "--dry-run", "--no-deps", "--ignore-installed", "--report", "-", torch, *index],
+        [*pip, "install", "-q", "--dry-run", "--ignore-installed", "--report", "-", torch, *index],
         capture_output=True,
         text=True,
     )
     if report.returncode:
         sys.exit(f"pip cannot find {torch}: {report.stderr.strip()}\nname another one with TORCH= and TORCH_INDEX=")
-    needs = json.loads(report.stdout)["install"][0]["metadata"].get("requires_dist", [])
-    if any(need.startswith(("nvidia-", "cuda-")) for need in needs):
+    names = [entry["metadata"]["name"].lower() for entry in json.loads(report.stdout)["install"]]
+    if any(name.startswith(("nvidia-", "nvidia_", "cuda-", "cuda_")) for name in names):
         sys.exit(
             f"{torch} from here is a CUDA build of several gigabytes, and this machine has no NVIDIA GPU.\n"
             "Name an index with CPU builds: TORCH_INDEX=https://download.pytorch.org/whl/cpu TORCH=torch==2.13.0+cpu\n"

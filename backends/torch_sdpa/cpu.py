@@ -40,6 +40,9 @@ class FlashCPU(Kernel):
         ),
     )
 
+    def runs_on(self, environment: Environment) -> bool:
+        return environment.device_type == "cpu"
+
     def bytes(self, request: AttentionRequest, environment: Environment) -> int:
         """Linear: outputs and gradients, the copies that `notes` tells of, and two masks of one tile."""
         r = request

@@ -55,7 +55,12 @@ def _scale(prefix: str, title: str) -> Rule:
     )
 
 
-class CuDNN(Kernel):
+class CUDAKernel(Kernel):
+    def runs_on(self, environment: Environment) -> bool:
+        return environment.device_type == "cuda"
+
+
+class CuDNN(CUDAKernel):
     """cuDNN through PyTorch. Masks are left to other kernels, which are known to give zeros for dead rows."""
 
     name = "cudnn"
@@ -111,7 +116,7 @@ class CuDNN(Kernel):
         return run
 
 
-class Flash(Kernel):
+class Flash(CUDAKernel):
     """The flash-attn 2 inside PyTorch, by the operator under SDPA and varlen_attn: windows, packing, LSE, sinks."""
 
     name = "flash"
@@ -168,7 +173,7 @@ class Flash(Kernel):
         return flash_attend(request)
 
 
-class Efficient(Kernel):
+class Efficient(CUDAKernel):
     """The memory-efficient kernel: fp32, masks and biases, unequal head dims."""
 
     name = "efficient"

@@ -1,0 +1,140 @@
+"""Importing attnrt is cheap and changes nothing; and the names that users rely on are the ones frozen here."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import attnrt
+from attnrt import settings, variables
+
+ROOT = Path(__file__).resolve().parent.parent
+BACKEND_PACKAGES = ("triton", "cudnn", "flash_attn", "flash_attn_interface")
+HEAVY = (*BACKEND_PACKAGES, "pydantic", "pydantic_settings", "yaml", "rich", "typer", "psutil", "matplotlib")
+
+PUBLIC = [
+    "AdvisoryWarning",
+    "ArgumentError",
+    "ArgumentTypeError",
+    "AttentionRequest",
+    "AttnrtError",
+    "Backend",
+    "BackendFailed",
+    "BackendUnavailable",
+    "Decision",
+    "DemotionWarning",
+    "Environment",
+    "PolicyError",
+    "Reason",
+    "Rule",
+    "UnknownNameError",
+    "VariableError",
+    "Verdict",
+    "VerificationFailed",
+    "attention",
+    "explain",
+    "explain_shape",
+    "last_decision",
+    "override",
+    "refresh",
+    "register_backend",
+    "unregister_backend",
+    "use_backend",
+]
+VARIABLES = [
+    "ATTNRT_BACKEND",
+    "ATTNRT_PREFER",
+    "ATTNRT_DISABLE",
+    "ATTNRT_POLICY",
+    "ATTNRT_REPORT",
+    "ATTNRT_CACHE_DIR",
+    "ATTNRT_UNFUSED_LIMIT",
+    "ATTNRT_VERIFY",
+    "NVTE_FLASH_ATTN",
+    "NVTE_FUSED_ATTN",
+    "NVTE_UNFUSED_ATTN",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO",
+]
+
+CODE = """
+import json, sys, torch
+before = set(sys.modules)
+import attnrt
+imported = set(sys.modules) - before
+cuda = torch.cuda.is_initialized()
+q = torch.zeros(1, 1, 4, 8)
+attnrt.attention(q, q, q)
+attnrt.attention(q, q, q, softcap=2.0)
+print(json.dumps({
+    "imported": sorted(imported), "after": sorted(set(sys.modules) - before),
+    "cuda": [cuda, torch.cuda.is_initialized()],
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh_process() -> Any:
+    environ = {n: v for n, v in os.environ.items() if not n.startswith(("ATTNRT_", "NVTE_"))}
+    command = [sys.executable, "-c", CODE]
+    return json.loads(subprocess.check_output(command, text=True, env={**environ, "PYTHONPATH": str(ROOT)}))
+
+
+def packages(modules: list[str]) -> set[str]:
+    return {name.partition(".")[0] for name in modules}
+
+
+def test_import_takes_nothing_heavy(fresh_process: Any) -> None:
+    assert "attnrt" in packages(fresh_process["imported"])
+    assert not packages(fresh_process["imported"]) & set(HEAVY)
+
+
+def test_a_call_on_the_cpu_imports_no_backend_package(fresh_process: Any) -> None:
+    assert not packages(fresh_process["after"]) & {*BACKEND_PACKAGES, "rich", "typer", "matplotlib"}
+
+
+def test_cuda_is_not_initialised(fresh_process: Any) -> None:
+    assert fresh_process["cuda"] == [False, False]
+
+
+def test_public_names() -> None:
+    assert sorted(attnrt.__all__) == sorted(PUBLIC)
+    assert all(hasattr(attnrt, name) for name in PUBLIC)
+
+
+def test_environment_variables() -> None:
+    assert list(settings.NAMES) == VARIABLES
+    assert list(variables.VALUES) == VARIABLES
+    aliases = [field.validation_alias for field in variables.Variables.model_fields.values()]
+    assert sorted(map(str, aliases)) == sorted(VARIABLES)
+
+
+def with_examples() -> list[str]:
+    """Modules whose source has a doctest."""
+    found = []
+    for folder, package in {"attnrt": "attnrt", "backends": "attnrt.backends", "policies": "attnrt.policies"}.items():
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            if ">>> " in file.read_text():
+                parts = file.relative_to(ROOT / folder).with_suffix("").parts
+                found.append(".".join((package, *(p for p in parts if p != "__init__"))))
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize("name", with_examples())
+def test_docstring_examples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    attnrt.refresh()
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted and not result.failed
+
+
+def test_the_front_page_has_an_example() -> None:
+    assert "attnrt" in with_examples()
