@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SETUP = $(PYTHON) tools/venv.py $(VENV) $(1) --torch "$(TORCH)" $(if $(TORCH_INDEX),--index $(TORCH_INDEX)) $(if $(CUDA),--cuda)
 
-.PHONY: demo test lint docs bench gpu clean
+.PHONY: demo test test-triton lint docs bench gpu clean
 
 demo:
 	@$(call SETUP,dev)
@@ -34,6 +34,11 @@ bench:
 	@$(BIN)/python benchmarks/dispatch.py | tee $(VENV)/dispatch.txt
 	@$(BIN)/python tools/readme.py --dispatch $(VENV)/dispatch.txt
 	@$(BIN)/python benchmarks/memory.py
+
+# The Triton kernels without a GPU: numerics in the interpreter, code generation for sm80 to sm100. Minutes.
+test-triton:
+	@$(PYTHON) tools/venv.py $(VENV)-triton dev,triton-test --torch "$(TORCH)" $(if $(TORCH_INDEX),--index $(TORCH_INDEX))
+	@$(VENV)-triton/bin/python -m pytest tests/backends/triton -n auto
 
 # On a GPU machine, with the python that has its torch: the GPU tests and benchmarks, results in gpu-results/.
 GPU_PYTHON ?= python3

@@ -136,6 +136,7 @@ def bind(
         deterministic=torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
         strides=_stride_class(q, k, v),
         aligned=cast is not None or _aligned(q, k, v),
+        expanded=any(n > 1 and s == 0 for t in (q, k, v) for n, s in zip(t.shape, t.stride(), strict=True)),
         capturing=q.is_cuda and torch.cuda.is_current_stream_capturing(),
         compiled=torch.compiler.is_compiling(),
         **options,

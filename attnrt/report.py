@@ -62,7 +62,7 @@ def renderable(decision: Decision) -> RenderableType:
             Text(verdict.label, style=style),
             Text(_word(verdict, decision), style=style),
             Text(size(verdict.bytes) if verdict.eligible else "", style=style),
-            Text("\n".join(_lines(verdict))),
+            Text("\n".join(_lines(verdict, wins))),
         )
     return Group(head, Text(""), body)
 
@@ -98,7 +98,7 @@ def markdown(decision: Decision) -> str:
     lines += ["", "| backend | verdict | memory | reasons, notes and remedies |", "|---|---|---|---|"]
     for verdict in decision.verdicts.values():
         memory = size(verdict.bytes) if verdict.eligible else ""
-        cells = "<br>".join(_escape(line) for line in _lines(verdict))
+        cells = "<br>".join(_escape(line) for line in _lines(verdict, verdict.backend == decision.backend))
         lines.append(f"| {verdict.label} | {_word(verdict, decision)} | {memory} | {cells} |")
     return "\n".join(lines)
 
@@ -111,9 +111,11 @@ def _word(verdict: Verdict, decision: Decision) -> str:
     return "not forced" if decision.forced else "eligible"
 
 
-def _lines(verdict: Verdict) -> list[str]:
+def _lines(verdict: Verdict, full: bool) -> list[str]:
+    """Its reasons, warnings and notes; of the winner also why its better kernels do not serve."""
     lines = [_reason(reason) for reason in verdict.reasons]
-    lines += [f"passed over {_reason(reason)}" for reason in verdict.passed_over]
+    if full:
+        lines += [f"passed over {_reason(reason)}" for reason in verdict.passed_over]
     lines += [f"warning {a.id}: {a.effect} ({a.source})" for a in verdict.warnings]
     return lines + list(verdict.notes)
 

@@ -91,6 +91,8 @@ class AttentionRequest:
     """Of q, k and v: contiguous in their layout; other strides with a contiguous last dim; last dim strided too."""
     aligned: bool = True
     """Every pointer and stride of q, k, v is a multiple of 16 bytes."""
+    expanded: bool = False
+    """Some dim of q, k or v is expanded: stride 0, so no copy engine can address it."""
     capturing: bool = False
     compiled: bool = False
 
@@ -182,6 +184,7 @@ class AttentionRequest:
             "deterministic": self.deterministic,
             "strided": self.strides != "contiguous",
             "unaligned": not self.aligned,
+            "expanded": self.expanded,
             "capturing": self.capturing,
             "compiled": self.compiled,
         }

@@ -120,7 +120,7 @@ want = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
 print(json.dumps({
     "files": [m.__file__ for m in (attnrt, attnrt.backends.reference, preference)],
     "policies": sorted(preference.builtin_policies()),
-    "lines": [len(preference.load_policy(n, registry.names()).lines) for n in preference.builtin_policies()],
+    "lines": [len(preference.load_policy(n, registry.rankable()).lines) for n in preference.builtin_policies()],
     "advisories": len(load_advisories()),
     "error": float((out - want).abs().max()),
     "leaked": [n for n in ("backends", "policies", "configs") if importlib.util.find_spec(n)],

@@ -69,7 +69,7 @@ def test_yaml_blocks(tmp_path: Path) -> None:
     (block,) = blocks("yaml")
     file = tmp_path / "mine.yaml"
     file.write_text(block)
-    policy = load_policy(file, registry.names())
+    policy = load_policy(file, registry.rankable())
     assert (policy.name, policy.on_failure) == ("mine", "next")
     shape: dict[str, Any] = {"batch": 1, "heads_q": 32, "heads_kv": 8, "head_dim": 128, "causal": True}
     long = attnrt.explain_shape(seqlen_q=16384, environment="h100", policy=str(file), **shape)

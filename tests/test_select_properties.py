@@ -122,7 +122,7 @@ def pairs(seed: int, count: int) -> Iterator[tuple[AttentionRequest, Environment
 
 
 def chosen(request: AttentionRequest, environment: Environment, policy: str = "default", **changes: Any) -> Decision:
-    rules = Settings(policy=load_policy(policy, registry.names()), **changes)
+    rules = Settings(policy=load_policy(policy, registry.rankable()), **changes)
     return select(request, environment, rules, registry.backends())
 
 

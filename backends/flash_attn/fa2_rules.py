@@ -60,6 +60,13 @@ RULES = (
     ),
     needs("FA2_WINDOW_VERSION", PACKAGE, "2.3", lambda r, e: r.windowed, "a sliding window", source=_README),
     Rule(
+        "FA2_PACKED_SINGLE",
+        lambda r, e: r.packed and r.group > 1 and r.seqlen_q <= 1,
+        "a packed batch of single queries over {r.group} heads a KV head is folded as if no sequence were empty",
+        "use a dense layout for a decode step",
+        "measured on the flash-attn 2 inside PyTorch 2.11, H200",
+    ),
+    Rule(
         "FA2_OPEN_WINDOW",
         lambda r, e: r.windowed and r.seqlen_q > r.seqlen_kv and (r.right is None or r.right >= r.seqlen_kv),
         "Skv={r.seqlen_kv} stands in for a window's open right side, which Sq={r.seqlen_q} queries outreach",

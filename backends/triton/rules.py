@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from attnrt.backends.base import Rule, needs_nvidia
+from attnrt.backends.base import Rule, between, needs_nvidia
+from attnrt.request import AttentionRequest
 
 _DESIGN = "the kernel's design: tiles of one head, fp32 accumulation"
 
@@ -53,5 +54,61 @@ RULES = (
         "the last dim of q, k or v is not contiguous, and the kernel loads rows",
         "call .contiguous() on it",
         _DESIGN,
+    ),
+)
+
+DECODE_ROWS = 64
+"""Most rows (query tokens times the query heads of a KV head) that the decode kernel packs into its tiles."""
+HOPPER_DIMS = (128, 256)
+"""Where it measured faster than the portable kernel (H200); at 64 that one is ahead, 446 to 426 TFLOP/s at 16k."""
+_GLUON = "Gluon as triton 3.6 to 3.9 ship it"
+
+
+def few_rows(r: AttentionRequest) -> bool:
+    """One query a sequence, or so few that a KV head's group fits in one tile: the keys are what takes time."""
+    return r.seqlen_q == 1 or r.seqlen_q * r.group <= DECODE_ROWS
+
+
+DECODE_RULES = (
+    Rule(
+        "TRITON_DECODE_ROWS",
+        lambda r, e: not few_rows(r),
+        f"{{r.seqlen_q}} queries times {{r.group}} heads a KV head are over {DECODE_ROWS} rows: not a decode step",
+    ),
+)
+HOPPER_RULES = (
+    Rule("TRITON_HOPPER_ARCH", lambda r, e: not between(e, 90, 100), "the Hopper kernel is for sm90, this is {e.arch}"),
+    Rule(
+        "TRITON_HOPPER_VERSION",
+        lambda r, e: e.lacks("triton", ">=3.6,<3.10"),
+        "the Hopper kernel is written in Gluon as of triton 3.6 to 3.9; {version} is installed",
+        source=_GLUON,
+        package="triton",
+    ),
+    Rule(
+        "TRITON_HOPPER_DTYPE",
+        lambda r, e: r.dtype not in ("fp16", "bf16"),
+        "the Hopper kernel takes fp16 and bf16, not {r.dtype}",
+    ),
+    Rule(
+        "TRITON_HOPPER_HEAD_DIM",
+        lambda r, e: r.head_dim_qk not in HOPPER_DIMS,
+        "the Hopper kernel is ahead of the portable one at head_dim 128 and 256, not {r.head_dim_qk}",
+    ),
+    Rule(
+        "TRITON_HOPPER_WINDOW",
+        lambda r, e: r.left is not None and r.head_dim_qk == 256,
+        "the Hopper kernel has no registers left for a left window bound at head_dim 256",
+    ),
+    Rule(
+        "TRITON_HOPPER_DEAD_ROWS",
+        lambda r, e: r.banded and r.seqlen_q > r.seqlen_kv,
+        "the Hopper kernel needs a key for every query, and Sq={r.seqlen_q} is over Skv={r.seqlen_kv} under a mask",
+    ),
+    Rule("TRITON_HOPPER_SCALE", lambda r, e: r.scale <= 0, "the Hopper kernel takes a scale over 0, not {r.scale}"),
+    Rule(
+        "TRITON_HOPPER_EXPANDED",
+        lambda r, e: r.expanded,
+        "an expanded dim (stride 0) cannot be copied by the hardware, as the Hopper kernel does",
     ),
 )

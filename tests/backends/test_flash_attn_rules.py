@@ -94,6 +94,7 @@ ROWS: dict[str, list[Row]] = {
             {"arch": "sm100"},
         ),
         ("FA2_WINDOW_VERSION", {"window": (128, 0)}, {"version": "2.2.5"}, {"version": "2.3.0"}),
+        ("FA2_PACKED_SINGLE", {"packed": True, "heads_kv": 4, "seqlen_q": 1}, {}, {"seqlen_q": 2}),
         (
             "FA2_OPEN_WINDOW",
             {"seqlen_kv": 512, "window": (64, None), "alignment": "bottom_right"},

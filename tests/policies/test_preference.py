@@ -17,7 +17,8 @@ from attnrt.policies.preference import Line, PreferencePolicy, builtin_policies,
 from attnrt.request import AttentionRequest
 
 GENERATIONS = ("flash_attn_4", "flash_attn_3", "flash_attn_2")
-KNOWN = ("cudnn", *GENERATIONS, "flash_attn", "triton", "torch", "reference")
+KERNELS = ("torch.cudnn", "torch.flash")
+KNOWN = ("cudnn", *GENERATIONS, "flash_attn", "triton", "torch", *KERNELS, "reference")
 SHAPES: dict[str, dict[str, Any]] = {
     "decode": {"seqlen_q": 1, "seqlen_kv": 8192},
     "short": {"seqlen_q": 256, "training": True},
@@ -74,7 +75,8 @@ def test_every_line_of_the_default_policy_decides_somewhere() -> None:
         Environment.simulate("sm75"),
         Environment(name="a ROCm GPU", device_type="cuda"),
     ]
-    reached = {policy.rank(request(**shape), e).line for e in environments for shape in SHAPES.values()}
+    shapes = [*SHAPES.values(), {"dropout_p": 0.125}]
+    reached = {policy.rank(request(**shape), e).line for e in environments for shape in shapes}
     assert reached == {f"default: {line.name}" for line in policy.lines}
 
 

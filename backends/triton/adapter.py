@@ -1,0 +1,343 @@
+"""From a request to launches: views by strides, outputs, grids. No tensor is copied or moved to another layout."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from attnrt.backends.triton import backward as passes
+from attnrt.backends.triton import hopper as gluon
+from attnrt.backends.triton.decode import launch_decode, split_count
+from attnrt.backends.triton.forward import forward
+from attnrt.backends.triton.launch import launch
+from attnrt.backends.triton.scores import Matrix, Plane
+from attnrt.backends.triton.tiles import PASSES, Tile, block_dim, tile_for
+from attnrt.environment import Environment
+from attnrt.operands import Operands
+from attnrt.request import AttentionRequest
+
+if TYPE_CHECKING:
+    from attnrt.backends.base import Run
+
+_AXES = {"bhsd": (0, 1, 2), "bshd": (0, 2, 1), "sbhd": (1, 2, 0)}
+"""Where B, H and S stand in each layout."""
+L2_BYTES = 32 << 20
+"""Of keys and values that may be in use at once: well inside the 40 to 50 MiB of A100, H100 and H200."""
+STATS_ROWS: int = passes.STATS_ROWS.value
+
+
+class Saved(NamedTuple):
+    """What the forward leaves for the backward."""
+
+    out: Tensor
+    lse: Tensor | None
+    seed: Tensor | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a request's launches that no tensor changes."""
+
+    request: AttentionRequest
+    tiles: dict[str, Tile]
+    tma: bool
+    """The GPU fetches tiles by descriptor (sm90 and later)."""
+    hopper: bool = False
+    """The forward is the Gluon kernel."""
+    constants: dict[str, Any] = field(init=False)
+    """Compile-time constants of every pass."""
+
+    def __post_init__(self) -> None:
+        r = self.request
+        constants = {
+            "DIM_QK": r.head_dim_qk,
+            "DIM_V": r.head_dim_v,
+            "BLOCK_QK": block_dim(r.head_dim_qk),
+            "BLOCK_V": block_dim(r.head_dim_v),
+            "PACKED": r.packed,
+            "BOTTOM_RIGHT": r.alignment == "bottom_right",
+            "PRECISION": "ieee",
+        }
+        object.__setattr__(self, "constants", constants)
+
+    @property
+    def longest_first(self) -> bool:
+        """The last tiles of queries have the most keys."""
+        return self.request.right is not None and self.request.left is None
+
+    def options(self, name: str) -> dict[str, Any]:
+        """Constants and launch options of a pass."""
+        tile = self.tiles[name]
+        blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+        return self.constants | blocks | {"num_warps": tile.warps, "num_stages": tile.stages}
+
+    def matrix(self, x: Tensor) -> Matrix:
+        if self.request.packed:
+            return Matrix(x, 0, x.stride(1), x.stride(0))
+        b, h, s = _AXES[self.request.layout]
+        return Matrix(x, x.stride(b), x.stride(h), x.stride(s))
+
+    def descriptor(self, x: Tensor, rows: int, dim: int) -> Any:
+        """For (1, 1, rows, dim) tiles of (B, H, S, D), or None where the hardware cannot fetch x: it needs addresses
+        in whole 16 bytes."""
+        m, size = self.matrix(x), x.element_size()
+        whole = x.data_ptr() % 16 == 0 and all(s and s * size % 16 == 0 for s in x.stride()[:-1])
+        if not self.tma or not whole:
+            return None
+        if self.request.packed:
+            shape, strides = [1, x.shape[1], x.shape[0]], [x.shape[0] * m.row, m.head, m.row]
+        else:
+            shape, strides = [x.shape[a] for a in _AXES[self.request.layout]], [m.batch, m.head, m.row]
+        return TensorDescriptor(x, [*shape, x.shape[-1]], [*strides, 1], [1, 1, rows, dim])
+
+    def row_values(self, x: Tensor) -> Matrix:
+        """(B, Hq, Sq), or (Hq, T) when packed: one number for each query row."""
+        return Matrix(x, 0, x.stride(0), 1) if x.ndim == 2 else Matrix(x, x.stride(0), x.stride(1), 1)
+
+    def section(self, group: int) -> int:
+        """How many (batch, head) pairs whose keys fit in L2 together; `group` of them share one KV head."""
+        r = self.request
+        if not self.longest_first:
+            return group
+        head = max(1, r.seqlen_kv * (r.head_dim_qk + r.head_dim_v) * r.itemsize)
+        return group * (1 << max(0, (L2_BYTES // head).bit_length() - 1))
+
+    def scalars(self) -> tuple[Any, ...]:
+        """scale, softcap, dropout_p, left, right: None for what is off."""
+        r = self.request
+        return r.scale, r.softcap, r.dropout_p or None, r.left, r.right
+
+
+def plan_for(request: AttentionRequest, environment: Environment, hopper: bool = False) -> Plan:
+    tiles = {name: tile_for(name, request, environment) for name in PASSES}
+    return Plan(request, tiles, tma=environment.sm is not None and environment.sm >= 90, hopper=hopper)
+
+
+def prepare(request: AttentionRequest, environment: Environment, hopper: bool = False) -> Run:
+    """The call for every tensor set that matches the request. hopper: the forward is the Gluon one."""
+    plan = plan_for(request, environment, hopper)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
+        if request.needs_grad:
+            out, lse = Attention.apply(q, k, v, operands.bias, operands.sinks, operands, plan)  # type: ignore[no-untyped-call]
+        else:
+            out, lse, _ = launch_forward(plan, q, k, v, operands)
+        return (out, lse) if request.needs_lse else out
+
+    return run
+
+
+def prepare_decode(request: AttentionRequest, environment: Environment) -> Run:
+    """The same for few queries over many keys."""
+    plan, r = plan_for(request, environment), request
+    tile = tile_for("decode", r, environment)
+    splits = split_count(r, tile, environment.sm_count or 132)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
+        slopes = _score_operands(r, operands)[2]
+        with _on(q):
+            found = launch_decode(
+                launch, plan, tile, splits, (q, k, v), slopes, operands.sinks, _lengths(operands)
+            )  # fmt: skip
+        return found if r.needs_lse else found[0]
+
+    return run
+
+
+class Attention(torch.autograd.Function):
+    """(q, k, v, bias, sinks, operands, plan) -> output in q's layout, LSE. Both from the plan's request."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor | None]:
+        q, k, v, _, _, operands, plan = args
+        out, lse, seed = launch_forward(plan, q, k, v, operands)
+        ctx.plan = plan
+        ctx.save_for_backward(q, k, v, out, lse, seed, *operands)
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, seed, *given = ctx.saved_tensors
+        saved = Saved(out, lse, seed)
+        grads = launch_backward(ctx.plan, q, k, v, Operands(*given), saved, grad, ctx.needs_input_grad[:5])
+        return (*grads, None, None)
+
+
+def launch_forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Saved:
+    r = plan.request
+    # A packed batch may hold tokens of no sequence, which no program visits.
+    out = (torch.zeros if r.packed else torch.empty)((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
+    lse = None
+    if r.packed and (r.needs_lse or r.needs_grad):
+        lse = q.new_full((r.heads_q, q.shape[0]), -torch.inf, dtype=torch.float32)
+    elif r.needs_lse or r.needs_grad:
+        lse = torch.empty((r.batch, r.heads_q, r.seqlen_q), dtype=torch.float32, device=q.device)
+    if plan.hopper:
+        with _on(q):
+            gluon.launch(q, k, v, out, lse, r)
+        return Saved(out, lse, None)
+    seed = torch.randint(2**62, (1,), device=q.device) if r.dropout_p else None  # drawn on the device: no wait
+    tile, c = plan.tiles["forward"], plan.constants
+    tiles = -(-r.seqlen_q // tile.block_m)
+    pairs = r.batch * r.heads_q
+    with _on(q):
+        launch(
+            forward,
+            (tiles * pairs,),
+            *(plan.matrix(x) for x in (q, k, v, out)),
+            None if lse is None else plan.row_values(lse),
+            plan.descriptor(k, tile.block_n, c["BLOCK_QK"]),
+            plan.descriptor(v, tile.block_n, c["BLOCK_V"]),
+            *_score_operands(r, operands),
+            operands.sinks,
+            *_lengths(operands),
+            seed,
+            *plan.scalars(),
+            *(r.heads_q, r.group, r.seqlen_q, r.seqlen_kv, tiles, pairs, min(pairs, plan.section(r.group))),
+            LONGEST_FIRST=plan.longest_first,
+            POSITIVE_SCALE=r.scale > 0,
+            SPLIT=True,
+            **plan.options("forward"),
+        )
+    return Saved(out, lse, seed)
+
+
+def launch_backward(
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: Operands,
+    saved: Saved,
+    grad: Tensor,
+    wanted: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """Gradients of q, k, v, bias and sinks; None for those not `wanted`."""
+    r = plan.request
+    if grad.stride(-1) != 1 and grad.shape[-1] != 1:  # such as the expanded ones that sum() sends
+        grad = grad.contiguous()
+    assert saved.lse is not None
+    # dk and dv come from one kernel. As in the forward, packed tensors may have tokens that no program visits.
+    both = wanted[1] or wanted[2]
+    dq, dk, dv = (
+        (torch.zeros if r.packed else torch.empty)(x.shape, dtype=x.dtype, device=x.device) if wants else None
+        for x, wants in ((q, wanted[0]), (k, both), (v, both))
+    )
+    bias = operands.bias
+    dbias = torch.empty(bias.shape, dtype=bias.dtype, device=q.device) if bias is not None and wanted[3] else None
+
+    padded_q = -(-r.seqlen_q // STATS_ROWS) * STATS_ROWS
+    tokens = q.shape[0] + STATS_ROWS * (r.batch + 1) if r.packed else r.batch * padded_q
+    stats_rows = -(-tokens // STATS_ROWS) * STATS_ROWS
+    lse2, delta = torch.empty((2, r.heads_q, stats_rows), dtype=torch.float32, device=q.device)
+    pairs = r.batch * r.heads_q
+    row_tiles = padded_q // STATS_ROWS
+    dsinks = torch.empty((r.batch, r.heads_q, row_tiles), device=q.device) if wanted[4] else None
+
+    q_, k_, v_, dout = (plan.matrix(x) for x in (q, k, v, grad))
+    lengths = _lengths(operands)
+    stats, dim_qk, dim_v = (lse2, delta), plan.constants["BLOCK_QK"], plan.constants["BLOCK_V"]
+    sizes = (r.heads_q, r.group, r.seqlen_q, r.seqlen_kv, padded_q, stats_rows)
+    rest = (*_score_operands(r, operands), *lengths, saved.seed, *plan.scalars())
+    shared = {n: plan.constants[n] for n in ("DIM_V", "BLOCK_V", "PACKED")}
+    with _on(q):
+        launch(
+            passes.preprocess,
+            (row_tiles, pairs),
+            *(plan.matrix(saved.out), dout, plan.row_values(saved.lse), *stats),
+            *(operands.sinks, dsinks, lengths[0], r.heads_q, r.seqlen_q, padded_q, stats_rows),
+            **shared,
+            num_warps=4,
+        )
+        if dk is not None and dv is not None:
+            tile = plan.tiles["dkdv"]
+            tiles = -(-r.seqlen_kv // tile.block_n)
+            shared_q = r.packed or r.padded_q  # foreign rows must be masked as they are loaded: see load_tile
+            fetch = [
+                None if shared_q else plan.descriptor(q, tile.block_m, dim_qk),
+                plan.descriptor(k, tile.block_n, dim_qk),
+                plan.descriptor(v, tile.block_n, dim_v),
+                None if shared_q else plan.descriptor(grad, tile.block_m, dim_v),
+            ]
+            pairs_kv = r.batch * r.heads_kv
+            where = (tiles, pairs_kv, min(pairs_kv, plan.section(1)))
+            made = plan.matrix(dk), plan.matrix(dv)
+            launch(
+                passes.dkdv,
+                (tiles * pairs_kv,),
+                *(q_, k_, v_, dout, *stats, *made, *fetch, *rest, *sizes, *where),
+                **plan.options("dkdv"),
+            )
+        if dq is not None:
+            tile = plan.tiles["dq"]
+            tiles = -(-r.seqlen_q // tile.block_m)
+            shapes = ((k, tile.block_n, dim_qk), (v, tile.block_n, dim_v))
+            fetch = [None if r.packed or r.padded_kv else plan.descriptor(*x) for x in shapes]
+            where = (tiles, pairs, min(pairs, plan.section(r.group)))
+            launch(
+                passes.dq,
+                (tiles * pairs,),
+                *(q_, k_, v_, dout, *stats, plan.matrix(dq), *fetch, *rest, *sizes, *where),
+                LONGEST_FIRST=plan.longest_first,
+                **plan.options("dq"),
+            )
+        if dbias is not None:
+            _launch_dbias(plan, (q_, k_, v_, dout, *stats), dbias, rest, sizes)
+    total = None if dsinks is None or operands.sinks is None else dsinks.sum((0, 2)).to(operands.sinks.dtype)
+    return [dq, dk if wanted[1] else None, dv if wanted[2] else None, dbias, total]
+
+
+def _launch_dbias(plan: Plan, tensors: tuple[Any, ...], dbias: Tensor, rest: Any, sizes: Any) -> None:
+    r, tile = plan.request, plan.tiles["dbias"]
+    assert r.bias is not None
+    batch, heads, queries, keys = r.bias.shape
+    tiles_m, tiles_n = -(-queries // tile.block_m), -(-keys // tile.block_n)
+    launch(
+        passes.dbias,
+        (tiles_m * tiles_n * heads * batch,),
+        *(*tensors, _plane(dbias, (batch, heads, queries, keys)), *rest, r.batch, *sizes, tiles_m, tiles_n, heads),
+        OVER_BATCH=batch == 1,
+        OVER_HEADS=heads == 1,
+        OVER_QUERIES=queries == 1,
+        OVER_KEYS=keys == 1,
+        **plan.options("dbias"),
+    )
+
+
+def _score_operands(r: AttentionRequest, operands: Operands) -> tuple[Plane | None, Plane | None, Matrix | None]:
+    """mask, bias and ALiBi slopes as the kernels take them."""
+    mask = bias = slopes = None
+    if operands.mask is not None and r.mask is not None:
+        mask = _plane(operands.mask.view(torch.uint8), r.mask.shape)
+    if operands.bias is not None and r.bias is not None:
+        bias = _plane(operands.bias, r.bias.shape)
+    if (given := operands.alibi_slopes) is not None:
+        slopes = Matrix(given, given.stride(0) if given.ndim == 2 else 0, given.stride(-1), 0)
+    return mask, bias, slopes
+
+
+def _plane(x: Tensor, shape: tuple[int, int, int, int]) -> Plane:
+    """Strides over (B, Hq, Sq, Skv): 0 where the tensor has one element, or no such dim."""
+    strides = (0,) * (4 - x.ndim) + tuple(x.stride())
+    return Plane(x, *(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)))
+
+
+def _lengths(operands: Operands) -> tuple[Tensor | None, Tensor | None]:
+    o = operands
+    return (
+        o.seqlens_q if o.cu_seqlens_q is None else o.cu_seqlens_q,
+        o.seqlens_kv if o.cu_seqlens_kv is None else o.cu_seqlens_kv,
+    )
+
+
+def _on(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

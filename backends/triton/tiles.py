@@ -1,0 +1,77 @@
+"""Which tile a pass uses: data, from configs/triton/tiles.yaml. Nothing is tuned while a call waits."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import yaml
+
+from attnrt.environment import Environment
+from attnrt.request import AttentionRequest
+
+PASSES = ("forward", "dkdv", "dq", "dbias")
+CLASSES = ("plain", "varied", "dense", "dropout", "all")
+"""Of calls, from the lightest to the heaviest: the table says what they mean."""
+
+
+class Tile(NamedTuple):
+    """Query rows and keys of a tile, warps of a program, and blocks in flight in its loop."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+def block_dim(dim: int) -> int:
+    """The head dim as the kernels hold it: the next power of two, the rest masked."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def arch_class(sm: int | None) -> str:
+    """The row of the table for a compute capability: alike in matrix instructions and shared memory."""
+    match sm:
+        case None:  # the interpreter
+            return "sm80"
+        case 80 | 87:
+            return "sm80"
+        case _ if sm < 90 or sm >= 120:
+            return "sm86"
+    return "sm90" if sm < 100 else "sm100"
+
+
+def costs(request: AttentionRequest) -> str:
+    """The class of `CLASSES` that the call belongs to, by what it needs registers for."""
+    r = request
+    dense = r.bias is not None or r.mask is not None
+    if r.dropout_p:
+        return "all" if dense else "dropout"
+    if dense:
+        return "dense"
+    varied = r.softcap is not None or r.alibi is not None or r.padded or r.packed
+    return "varied" if varied else "plain"
+
+
+def tile_for(name: str, request: AttentionRequest, environment: Environment) -> Tile:
+    """The tile of pass `name` (one of `PASSES`)."""
+    dim = max(64, block_dim(request.head_dim))
+    rows = _table()[name][arch_class(environment.sm)][dim]
+    lighter = CLASSES[: CLASSES.index(costs(request)) + 1]
+    tile = Tile(*next(rows[c] for c in reversed(lighter) if c in rows))
+    return tile if request.itemsize == 2 else _for_float32(name, tile, dim)
+
+
+def _for_float32(name: str, tile: Tile, dim: int) -> Tile:
+    """Twice the bytes, and exact products outside the matrix units, which hold both operands in registers: the largest
+    tiles that do not spill on sm80 and sm90. From head dim 256 even the smallest spills some hundred bytes."""
+    if name == "decode":
+        return Tile(min(tile.block_m, 64 if dim <= 64 else 32), min(tile.block_n, 32), tile.warps, 1)
+    return Tile(32, 32, 8, 1) if dim <= 64 else Tile(16, 16, 8, 1)
+
+
+@cache
+def _table() -> dict[str, Any]:
+    table: dict[str, Any] = yaml.safe_load(files("attnrt.configs").joinpath("triton/tiles.yaml").read_text())
+    return table

@@ -1,0 +1,331 @@
+"""The Hopper forward without a Hopper GPU: what the compiler makes of it, and what its three teams do on the CPU.
+
+Run it by pytest, or as a script for the table of variants.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import re
+import subprocess
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import FunctionType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import triton
+
+from attnrt.backends.triton import hopper
+from attnrt.request import AttentionRequest
+
+pytestmark = pytest.mark.skipif(not hopper.available(), reason=str(hopper.MISSING))
+SHARED_LIMIT = 227 << 10
+REGISTERS = 168
+"""Of a thread at the start: 65,536 / (12 warps * 32). The consumers then take from the producer."""
+
+
+# --- What the compiler makes of it -----------------------------------------------------------------------------------
+
+
+class Variant(NamedTuple):
+    dim: int
+    dtype: str
+    left: bool
+
+
+VARIANTS = [v for v in itertools.starmap(Variant, itertools.product(hopper.TILES, ("bf16", "fp16"), (False, True)))
+            if not (v.dim == 256 and v.left)]  # fmt: skip
+
+
+class Compiled(NamedTuple):
+    registers: int
+    stack: int
+    shared: int
+    ptx: str
+    sass: str
+
+
+def compile_for_sm90(variant: Variant) -> Compiled:
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    tile, names = hopper.TILES[variant.dim], hopper.forward.arg_names
+    dtype = gl.bfloat16 if variant.dtype == "bf16" else gl.float16
+
+    def descriptor(rows: int) -> str:
+        block = [1, 1, rows, variant.dim]
+        return f"tensordesc<{variant.dtype}{block},{gl.NVMMASharedLayout.get_default_for(block, dtype)!r}>"
+
+    types = {"Q": descriptor(64), "K": descriptor(tile.block_n), "V": descriptor(tile.block_n), "OUT": descriptor(64)}
+    types |= {"LSE": "*fp32", "scale": "fp32"}
+    constants = {"D": variant.dim, "BLOCK_N": tile.block_n, "STAGES": tile.stages, "LEFT": variant.left}
+    source = GluonASTSource(
+        hopper.forward,
+        {n: types.get(n, "constexpr" if n in constants else "i32") for n in names},
+        {(names.index(n),): value for n, value in constants.items()},
+        {(names.index("LSE"),): [["tt.divisibility", 16]]},
+    )
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": hopper.WARPS})
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+
+        def read(tool: str, *options: str) -> str:
+            command = [tools / tool, *options, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", read("cuobjdump", "-res-usage"))
+        assert usage is not None
+        return Compiled(int(usage[1]), int(usage[2]), kernel.metadata.shared, kernel.asm["ptx"], read("nvdisasm", "-c"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_codegen(variant: Variant) -> None:
+    found = compile_for_sm90(variant)
+    assert found.stack == 0 and found.registers <= REGISTERS
+    assert found.shared <= SHARED_LIMIT
+    assert "wgmma.mma_async" in found.ptx and "cp.async.bulk.tensor.4d.shared" in found.ptx
+    assert "cp.async.bulk.tensor.4d.global" in found.ptx
+    grown = {int(n) for n in re.findall(r"setmaxnreg\.\w+\S*\s+(\d+)", found.ptx)}
+    assert {240, 24} <= grown
+    # One product may stay in flight, in what we ask for and in what the assembler left of it (it serialises what it
+    # cannot follow): one such wait for each copy of the loop in each consumer.
+    loops = 2 * (3 if variant.left else 2)
+    assert re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", found.ptx).count("1") == loops
+    assert len(re.findall(r"gsb0, 0x1\b", found.sass)) == loops
+
+
+@pytest.mark.parametrize("variant", VARIANTS[:2], ids=str)
+def test_all_warps_are_done_before_one_thread_says_so(variant: Variant) -> None:
+    """An arrival is one thread's; a barrier of its warp group must stand between it and what every warp waits for."""
+    event = r"wgmma\.wait_group|cp\.async\.bulk\.wait_group\.read|bar\.sync|mbarrier\.arrive\.shared|mbarrier\.try_wait"
+    waited = synced = False
+    arrivals = 0
+    for name in re.findall(event, compile_for_sm90(variant).ptx):
+        if "wait_group" in name:
+            waited, synced = True, False
+        elif name == "bar.sync":
+            synced = True
+        elif name == "mbarrier.arrive.shared":
+            assert waited and synced
+            arrivals += 1
+    assert arrivals >= 2 * 7  # of each consumer: 2 of the first and last block, 2 of each loop, 1 of the output
+
+
+# --- What its teams do: threads for warps, torch for wgmma, memory that is overwritten as soon as it may be ----------
+
+
+class Barrier:
+    """mbarrier: a phase ends when all arrivals are in and all announced bytes have come."""
+
+    def __init__(self, count: int) -> None:
+        self.count = self.pending = count
+        self.bytes = self.phase = 0
+        self.changed = threading.Condition()
+
+    def update(self, arrivals: int, size: int) -> None:
+        with self.changed:
+            self.pending -= arrivals
+            self.bytes += size
+            assert self.pending >= 0
+            if self.pending == self.bytes == 0:
+                self.pending = self.count
+                self.phase += 1
+                self.changed.notify_all()
+
+    def wait(self, parity: int) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.phase % 2 != parity, timeout=20), "deadlock"
+
+
+def arrive(barrier: Barrier, count: int) -> None:
+    barrier.update(count, 0)
+    time.sleep(1e-3)  # whoever waited for this goes first, and overwrites what it may
+
+
+class Memory:
+    """Shared memory: a ring, a slot of it, or a view of a slot."""
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self.data, self.dtype, self.shape = data, data.dtype, data.shape
+
+    def index(self, slot: int) -> Memory:
+        return Memory(self.data[slot])
+
+    def reshape(self, shape: list[Any]) -> Memory:
+        return Memory(self.data.view([int(n) for n in shape]))
+
+    def permute(self, order: list[int]) -> Memory:
+        return Memory(self.data.permute(order))
+
+    def store(self, value: torch.Tensor) -> None:
+        self.data.copy_(value)
+
+
+class Pointer(NamedTuple):
+    data: torch.Tensor
+    at: Any = 0
+
+    def __add__(self, offset: Any) -> Pointer:  # type: ignore[override]
+        return Pointer(self.data, self.at + offset)
+
+
+class Products(threading.local):
+    """Products of a warp group in flight. They run when they are waited for, the latest that they may."""
+
+    def __init__(self) -> None:
+        self.queue: list[SimpleNamespace] = []
+
+    def start(self, a: Any, b: Memory, acc: torch.Tensor, use_acc: bool = True, is_async: bool = False) -> Any:
+        self.queue.append(SimpleNamespace(a=a, b=b, acc=acc if use_acc else 0))
+        return self.queue[-1]
+
+    def wait(self, outstanding: int, deps: list[Any]) -> Any:
+        while len(self.queue) > outstanding:
+            one = self.queue.pop(0)
+            a = one.a.data if isinstance(one.a, Memory) else one.a
+            assert a.dtype == one.b.dtype
+            one.value = one.acc + a.float() @ one.b.data.float()
+        return deps[0].value
+
+
+def load(x: torch.Tensor, at: list[int], barrier: Barrier, to: Memory) -> None:
+    b, h, row, _ = at
+    rows = x[b, h, row : row + to.shape[-2]]
+    to.data.zero_()
+    to.data[0, 0, : len(rows)] = rows
+    barrier.update(0, -to.data.nbytes)
+
+
+def store(x: torch.Tensor, at: list[int], source: Memory) -> None:
+    b, h, row, _ = at
+    rows = x[b, h, row : row + source.shape[-2]]
+    rows.copy_(source.data[0, 0, : len(rows)])
+
+
+def scatter(pointer: Pointer, value: torch.Tensor, mask: torch.Tensor) -> None:
+    pointer.data[pointer.at[mask]] = value[mask]
+
+
+def lowest(choose: Any) -> Any:
+    def of(a: Any, b: Any) -> Any:
+        if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+            return choose(torch.as_tensor(a), torch.as_tensor(b))
+        return a if choose(torch.tensor(a), torch.tensor(b)) == a else b
+
+    return of
+
+
+def emulate(r: AttentionRequest, q: Any, k: Any, v: Any, programs: int, section: int, stages: int) -> Any:
+    """out and LSE of (B, H, S, D) tensors: the kernel's own functions, with a stand-in for the language."""
+    tiles, pairs = -(-r.seqlen_q // 128), r.batch * r.heads_q
+    shift = r.seqlen_kv - r.seqlen_q if r.alignment == "bottom_right" else 0
+    right = r.seqlen_kv if r.right is None else r.right
+    order, band = (tiles, pairs, section, r.heads_q), (r.seqlen_q, r.seqlen_kv, r.left or 0, right, shift)
+    dim, block_n = r.head_dim_qk, hopper.TILES[r.head_dim_qk].block_n
+    out, lse = torch.full_like(q, math.nan), torch.full((r.batch, r.heads_q, r.seqlen_q), math.nan)
+    products = Products()
+    layouts = dict.fromkeys(("SliceLayout", "NVMMADistributedLayout", "DotOperandLayout"), lambda *_, **__: None)
+    for program in range(programs):
+        gl = SimpleNamespace(
+            **layouts, float32=torch.float32, int64=torch.int64, static_range=range,
+            program_id=lambda _, program=program: program, num_programs=lambda _: programs,
+            minimum=lowest(torch.minimum), maximum=lowest(torch.maximum), where=torch.where,
+            exp2=torch.exp2, log2=torch.log2, max=torch.amax, sum=torch.sum, cast=lambda x, _: x, store=scatter,
+            arange=lambda a, b, _: torch.arange(int(a), int(b)), convert_layout=lambda x, *_, **__: x,
+            zeros=lambda shape, dtype, _: torch.zeros([int(n) for n in shape]),
+            full=lambda shape, value, dtype, _: torch.full([int(n) for n in shape], value),
+        )  # fmt: skip
+        world: dict[str, Any] = {
+            "gl": gl, "ROWS": 64, "BLOCK_M": 128, "LN2": math.log(2), "float": float, "range": range,
+            "mbarrier": SimpleNamespace(
+                wait=lambda bar, parity: bar.wait(parity), expect=lambda bar, size: bar.update(1, size),
+                arrive=arrive,
+            ),
+            "tma": SimpleNamespace(store_wait=lambda _: None), "tma_load": load, "tma_store": store,
+            "fence_async_shared": lambda: None, "warpgroup_mma": products.start, "warpgroup_mma_wait": products.wait,
+        }  # fmt: skip
+        for name in ("place", "key_blocks", "softmax", "step", "producer", "consumer"):
+            world[name] = FunctionType(getattr(hopper, name).fn.__code__, world)
+        shared = [(2, 64), (stages, block_n), (stages, block_n)]
+        memory = tuple(Memory(torch.full((n, 1, 1, rows, dim), math.nan, dtype=q.dtype)) for n, rows in shared)
+        barriers = tuple(
+            SimpleNamespace(index=[Barrier(count) for _ in range(n)].__getitem__)
+            for n, count in ((2, 1), (2, 1), (stages, 1), (stages, 2), (stages, 1), (stages, 2))
+        )
+        rest = (memory, barriers, order, band)
+        constants = (dim, block_n, stages, r.left is not None)
+        scale = r.scale * math.log2(math.e)
+        calls = [("producer", (q, k, v, *rest, r.group, *constants))]
+        calls += [("consumer", (out, Pointer(lse.view(-1)), scale, *rest, who, *constants)) for who in (0, 1)]
+        errors: list[BaseException] = []
+
+        def guarded(name: str, args: tuple[Any, ...], world: Any = world, errors: Any = errors) -> None:
+            try:
+                world[name](*args)
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=guarded, args=call) for call in calls]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+    return out, lse
+
+
+def reference(r: AttentionRequest, q: Any, k: Any, v: Any) -> Any:
+    q, k, v = (x.double() for x in (q, k.repeat_interleave(r.group, 1), v.repeat_interleave(r.group, 1)))
+    shift = r.seqlen_kv - r.seqlen_q if r.alignment == "bottom_right" else 0
+    distance = torch.arange(r.seqlen_kv) - torch.arange(r.seqlen_q)[:, None] - shift
+    seen = torch.ones_like(distance, dtype=torch.bool)
+    if r.left is not None:
+        seen &= distance >= -r.left
+    if r.right is not None:
+        seen &= distance <= r.right
+    scores = (q @ k.mT * r.scale).masked_fill(~seen, -math.inf)
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_protocol_and_numerics(seed: int) -> None:
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    seqlen_q = draw.choice([1, 63, 64, 65, 127, 128, 129, 200, 256, 300, 385])
+    banded, kv = draw.random() < 0.7, seqlen_q + draw.choice([0, 0, 1, 63, 100, 128, 257])
+    window = draw.choice([None, None, (0, 0), (70, 0), (128, None), (200, 33), (300, 300)]) if banded else None
+    if not banded:
+        kv = draw.choice([1, 63, 64, 128, 129, 256, 400])
+    dim = draw.choice([64, 64, 128, 256]) if window is None else draw.choice([64, 128])
+    heads_kv = draw.choice([1, 2])
+    r = AttentionRequest.from_shape(
+        batch=draw.choice([1, 2]), heads_q=heads_kv * draw.choice([1, 2, 3]), heads_kv=heads_kv, seqlen_q=seqlen_q,
+        seqlen_kv=kv, head_dim=dim, layout="bhsd", causal=banded and (window is None or draw.random() < 0.3),
+        window=window, alignment=draw.choice(["top_left", "bottom_right"]) if banded else None, return_lse=True,
+    )  # fmt: skip
+    assert hopper.takes(r)
+    q = torch.randn(r.batch, r.heads_q, seqlen_q, dim).bfloat16()
+    k, v = (torch.randn(r.batch, heads_kv, kv, dim).bfloat16() for _ in range(2))
+    programs = draw.choice([1, 2, 5])
+    out, lse = emulate(r, q, k, v, programs, draw.choice([1, 2, 7]), draw.choice([1, 2, 3]) + 1)
+    want, want_lse = reference(r, q, k, v)
+    torch.testing.assert_close(out.double(), want, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-4, atol=1e-4)
+
+
+if __name__ == "__main__":
+    print(f"triton {triton.__version__}: the Hopper forward on sm90, {hopper.WARPS} warps * 3")
+    for each in VARIANTS:
+        c = compile_for_sm90(each)
+        name = f"D={each.dim} {each.dtype}{' window' if each.left else ''}"
+        print(f"{name:20} {c.registers} regs {c.stack} B stack {c.shared:6} B shared")

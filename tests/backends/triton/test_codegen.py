@@ -1,0 +1,53 @@
+"""The codegen guard: with the tiles that ship, no kernel spills, outgrows its GPU's shared memory, or misses the matrix
+units. Compiled for GPUs that need not be here; the whole table is docs/triton_codegen.md."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+
+
+def codegen() -> Any:
+    """tools/codegen.py as a module."""
+    if (name := "attnrt_tools_codegen") not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / "codegen.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+# One call of each class of tiles (configs/triton/tiles.yaml), and those that run most.
+FEATURES = ("full", "causal", "packed", "bias", "dropout", "decode")
+CHECKED = [(arch, dim, FEATURES) for arch in ("sm80", "sm90", "sm100") for dim in ("64", "128", "256")]
+CHECKED += [("sm86", dim, ("causal",)) for dim in ("64", "128", "256")]
+
+
+@pytest.mark.parametrize(("arch", "dim", "features"), CHECKED, ids=lambda x: x if isinstance(x, str) else "")
+def test_shipped_tiles(arch: str, dim: str, features: tuple[str, ...]) -> None:
+    kernels = codegen().compile_all((arch,), (dim,), features, jobs=1)
+    assert {k.feature for k in kernels} == set(features)
+    wrong = [str(k) for k in kernels if k.wrong] + codegen().without_matrix_units(kernels)
+    assert not wrong, "\n".join(wrong)
+    if arch == "sm90":
+        forward = [k for k in kernels if k.name != "preprocess" and k.feature in ("full", "causal")]
+        assert all("tma" in k.instructions for k in forward), "\n".join(map(str, forward))
+
+
+def test_what_is_wrong_is_said() -> None:
+    """The guard itself: spills, shared memory, a missing instruction, a compiler that died."""
+    made = codegen().Compiled
+    good = made("sm90", "128", "full", "forward", 8, 200, 0, 227 << 10, {"wgmma": 4})
+    assert not good.wrong and not codegen().without_matrix_units([good])
+    assert made("sm90", "128", "full", "forward", 8, 255, 16, 1024, {"wgmma": 4}).wrong == ["spills 16 B"]
+    assert "shared memory" in made("sm86", "128", "full", "forward", 8, 99, 0, 100 << 10, {"mma": 4}).wrong[0]
+    assert codegen().without_matrix_units([made("sm100", "64", "full", "forward", 8, 99, 0, 1024, {"mma": 4})])
+    assert made("sm90", "128", "full", "?", error="the compiler died").wrong == ["the compiler died"]

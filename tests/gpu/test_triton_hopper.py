@@ -1,0 +1,209 @@
+"""The Hopper forward on a Hopper GPU, against float64.
+
+Run it by pytest, or as a script: the tests, then a benchmark; --check or --bench for only one of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from attnrt.request import AttentionRequest
+
+hopper = pytest.importorskip("attnrt.backends.triton.hopper")
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU"),
+    pytest.mark.skipif(not hopper.available(), reason=str(hopper.MISSING)),
+]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LENGTHS = (1, 2, 15, 63, 64, 65, 127, 128, 129, 192, 203, 256, 257, 384, 512, 777, 1024, 1300)
+
+
+def tensor(r: AttentionRequest, heads: int, length: int, view: str) -> Tensor:
+    """Random, in the layout; `view` is how it lies in memory: dense, rows (of a wider tensor), or heads (more of
+    them, the others NaN)."""
+    sizes = {"b": r.batch, "h": heads, "s": length}
+    order = {"bhsd": "bhs", "bshd": "bsh", "sbhd": "sbh"}[r.layout]
+    options: dict[str, Any] = {"dtype": DTYPES[r.dtype], "device": "cuda"}
+    if view == "dense":
+        return torch.randn(*(sizes[a] for a in order), r.head_dim_qk, **options)
+    if view == "rows":
+        wide = torch.randn(*(sizes[a] for a in order), 3 * r.head_dim_qk, **options)
+        return wide[..., r.head_dim_qk : -r.head_dim_qk]
+    wide = torch.full([sizes[a] + (2 if a in "hs" else 0) for a in order] + [r.head_dim_qk], math.nan, **options)
+    inner = wide[tuple(slice(1, -1) if a in "hs" else slice(None) for a in order)]
+    return inner.copy_(torch.randn(inner.shape, **options))
+
+
+def run(r: AttentionRequest, q: Tensor, k: Tensor, v: Tensor, persistent: bool | None = None) -> tuple[Tensor, Tensor]:
+    """Poisoned outputs, with a guard of NaN behind each."""
+    out, lse = (
+        torch.full((n + 4096,), math.nan, dtype=dtype, device="cuda")
+        for n, dtype in ((q.numel(), q.dtype), (r.batch * r.heads_q * r.seqlen_q, torch.float32))
+    )
+    views = out[:-4096].view(q.shape), lse[:-4096].view(r.batch, r.heads_q, r.seqlen_q)
+    hopper.launch(q, k, v, *views, r, persistent)
+    assert out[-4096:].isnan().all() and lse[-4096:].isnan().all(), "wrote past the end"
+    return views
+
+
+def reference(r: AttentionRequest, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """out in (B, H, S, D) and LSE, in plain PyTorch, from operands in (B, H, S, D)."""
+    q, k, v = (x.to(dtype) for x in (q, k.repeat_interleave(r.group, 1), v.repeat_interleave(r.group, 1)))
+    shift = r.seqlen_kv - r.seqlen_q if r.alignment == "bottom_right" else 0
+    columns, rows = (torch.arange(n, device="cuda") for n in (r.seqlen_kv, r.seqlen_q))
+    distance = columns - rows[:, None] - shift
+    hidden = torch.zeros_like(distance, dtype=torch.bool)
+    if r.left is not None:
+        hidden |= distance < -r.left
+    if r.right is not None:
+        hidden |= distance > r.right
+    scores = (q @ k.mT * r.scale).masked_fill(hidden, -math.inf)
+    return scores.softmax(-1) @ v, scores.double().logsumexp(-1)
+
+
+def bhsd(r: AttentionRequest, x: Tensor) -> Tensor:
+    return x.permute(*hopper.AXES[r.layout], 3)
+
+
+def check(r: AttentionRequest, views: tuple[str, str, str] = ("dense",) * 3, persistent: bool | None = None) -> None:
+    """The error is at most twice that of plain PyTorch in the same dtype (and a little)."""
+    assert hopper.takes(r), r.describe()
+    sizes = ((r.heads_q, r.seqlen_q), (r.heads_kv, r.seqlen_kv), (r.heads_kv, r.seqlen_kv))
+    q, k, v = (tensor(r, *size, view) for size, view in zip(sizes, views, strict=True))
+    assert hopper.fits(q, k, v)
+    out, lse = run(r, q, k, v, persistent)
+    again, lse_again = run(r, q, k, v, persistent)
+    assert torch.equal(out, again) and torch.equal(lse, lse_again), "two runs differ"
+    operands = [bhsd(r, x) for x in (q, k, v)]
+    want, want_lse = reference(r, *operands, torch.float64)
+    usual = (reference(r, *operands, q.dtype)[0].double() - want).abs().max().item()
+    error = (bhsd(r, out).double() - want).abs().max().item()
+    assert error <= 2 * usual + (1e-2 if r.dtype == "bf16" else 2e-3), f"error {error:.3g}, plain has {usual:.3g}"
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-4, atol=1e-3)
+
+
+def request(**changes: Any) -> AttentionRequest:
+    given = {"batch": 2, "heads_q": 4, "heads_kv": 2, "seqlen_q": 300, "head_dim": 128, "layout": "bshd"}
+    return AttentionRequest.from_shape(**(given | {"return_lse": True} | changes))
+
+
+@pytest.mark.parametrize("dim", hopper.TILES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("seqlen", LENGTHS)
+def test_lengths(dim: int, causal: bool, seqlen: int) -> None:
+    for persistent in (False, True):
+        check(request(head_dim=dim, seqlen_q=seqlen, causal=causal), persistent=persistent)
+
+
+@pytest.mark.parametrize("layout", hopper.AXES)
+@pytest.mark.parametrize("views", [("dense",) * 3, ("rows",) * 3, ("heads",) * 3, ("dense", "rows", "heads")])
+def test_layouts(layout: str, views: tuple[str, str, str]) -> None:
+    check(request(layout=layout, causal=True), views)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_random(seed: int) -> None:
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    seqlen_q, seqlen_kv = draw.choice(LENGTHS), draw.choice(LENGTHS)
+    band = draw.choice(["none", "causal", "causal", "window"])
+    options: dict[str, Any] = {}
+    if band != "none":
+        seqlen_q, seqlen_kv = sorted((seqlen_q, seqlen_kv))
+        options = {"causal": band == "causal", "alignment": draw.choice(["top_left", "bottom_right"])}
+    if band == "window":
+        options["window"] = draw.choice([(0, 0), (100, 0), (128, None), (None, 70), (300, 300)])
+    heads_kv = draw.choice([1, 2, 3])
+    r = request(
+        batch=draw.choice([1, 2, 3]), heads_kv=heads_kv, heads_q=heads_kv * draw.choice([1, 2, 4, 7]),
+        seqlen_q=seqlen_q, seqlen_kv=seqlen_kv, head_dim=draw.choice([64, 128] if band == "window" else [64, 128, 256]),
+        layout=draw.choice(list(hopper.AXES)), dtype=draw.choice(list(DTYPES)), scale=draw.choice([None, 0.3, 1e-3]),
+        **options,
+    )  # fmt: skip
+    views = [draw.choice(["dense", "rows", "heads"]) for _ in range(3)]
+    check(r, (views[0], views[1], views[2]), draw.choice([None, False, True]))
+
+
+def test_many_tiles() -> None:
+    """More tiles than multiprocessors, again and again: a race would show."""
+    r = request(batch=4, heads_q=16, heads_kv=4, seqlen_q=2048, causal=True)
+    q, k, v = (tensor(r, h, 2048, "dense") for h in (16, 4, 4))
+    for persistent in (False, True):
+        first = run(r, q, k, v, persistent)
+        for _ in range(200):
+            assert all(torch.equal(a, b) for a, b in zip(first, run(r, q, k, v, persistent), strict=True))
+
+
+def test_large_scores() -> None:
+    """Logits in the thousands: the running maximum keeps every exponential finite."""
+    r = request(scale=30.0, seqlen_q=513, causal=True)
+    q, k, v = (tensor(r, h, 513, "dense") for h in (4, 2, 2))
+    out, lse = run(r, q, k, v)
+    want = reference(r, *(bhsd(r, x) for x in (q, k, v)), torch.float64)[0]
+    assert not out.isnan().any() and lse.isfinite().all()
+    torch.testing.assert_close(bhsd(r, out).double(), want, rtol=3e-2, atol=3e-2)
+
+
+# --- Benchmark -------------------------------------------------------------------------------------------------------
+
+
+def benchmark(dims: tuple[int, ...] = (64, 128, 256), lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)) -> None:
+    """TFLOP/s at 16k tokens and heads * head_dim = 2048, bf16, against PyTorch's kernels in the same run."""
+    from triton.testing import do_bench
+
+    def rate(work: float, function: Callable[[], Any]) -> float:
+        try:
+            return work / (statistics.median(do_bench(function, return_mode="median") for _ in range(3)) * 1e9)
+        except RuntimeError as error:
+            print(f"    {str(error).splitlines()[0][:100]}", file=sys.stderr)
+            return math.nan
+
+    print(torch.cuda.get_device_name(), torch.__version__, "| TFLOP/s, and ours over the best of PyTorch's")
+    print(f"{'':24}{'cudnn':>8}{'flash':>8}{'tiles':>8}{'persist':>8}{'ratio':>8}")
+    for dim in dims:
+        for causal in (False, True):
+            for seqlen in lengths:
+                batch, heads = 16384 // seqlen, 2048 // dim
+                r = request(batch=batch, heads_q=heads, heads_kv=heads, seqlen_q=seqlen, head_dim=dim, causal=causal)
+                q, k, v = (tensor(r, heads, seqlen, "dense") for _ in range(3))
+                out, lse = torch.empty_like(q), torch.empty(batch, heads, seqlen, device="cuda")
+                work = 4.0 * batch * heads * seqlen**2 * dim / (2 if causal else 1)
+                a, b, c = (x.transpose(1, 2) for x in (q, k, v))
+                rates = []
+                for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+                    with sdpa_kernel(backend):
+                        rates.append(rate(work, lambda: F.scaled_dot_product_attention(a, b, c, is_causal=causal)))  # noqa: B023
+                rates += [rate(work, lambda p=p: hopper.launch(q, k, v, out, lse, r, p)) for p in (False, True)]  # noqa: B023
+                theirs, ours = ([x for x in pair if x == x] or [math.nan] for pair in (rates[:2], rates[2:]))
+                name = f"D={dim} {'causal' if causal else 'full':6} S={seqlen}"
+                row = "".join(f"{x:8.0f}" for x in rates)
+                print(f"{name:24}{row}{max(ours) / max(theirs):8.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--bench", action="store_true", help="only the benchmark")
+    parser.add_argument("--check", action="store_true", help="only the tests")
+    given = parser.parse_args()
+    if not ON_HOPPER:
+        sys.exit("needs a Hopper GPU")
+    if not hopper.available():
+        sys.exit(hopper.MISSING)
+    status = 0 if given.bench else int(pytest.main([__file__, "-q", "-x", "-p", "no:cacheprovider"]))
+    if not given.check:
+        benchmark()
+    sys.exit(status)
