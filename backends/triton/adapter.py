@@ -25,10 +25,6 @@ from attnrt.request import AttentionRequest
 if TYPE_CHECKING:
     from attnrt.backends.base import Run
 
-_AXES = {"bhsd": (0, 1, 2), "bshd": (0, 2, 1), "sbhd": (1, 2, 0)}
-"""Where B, H and S stand in each layout."""
-L2_BYTES = 32 << 20
-"""Of keys and values that may be in use at once: well inside the 40 to 50 MiB of A100, H100 and H200."""
 STATS_ROWS: int = passes.STATS_ROWS.value
 
 
@@ -80,7 +76,7 @@ class Plan:
     def matrix(self, x: Tensor) -> Matrix:
         if self.request.packed:
             return Matrix(x, 0, x.stride(1), x.stride(0))
-        b, h, s = _AXES[self.request.layout]
+        b, h, s = gluon.AXES[self.request.layout]
         return Matrix(x, x.stride(b), x.stride(h), x.stride(s))
 
     def descriptor(self, x: Tensor, rows: int, dim: int) -> Any:
@@ -93,7 +89,7 @@ class Plan:
         if self.request.packed:
             shape, strides = [1, x.shape[1], x.shape[0]], [x.shape[0] * m.row, m.head, m.row]
         else:
-            shape, strides = [x.shape[a] for a in _AXES[self.request.layout]], [m.batch, m.head, m.row]
+            shape, strides = [x.shape[a] for a in gluon.AXES[self.request.layout]], [m.batch, m.head, m.row]
         return TensorDescriptor(x, [*shape, x.shape[-1]], [*strides, 1], [1, 1, rows, dim])
 
     def row_values(self, x: Tensor) -> Matrix:
@@ -106,7 +102,7 @@ class Plan:
         if not self.longest_first:
             return group
         head = max(1, r.seqlen_kv * (r.head_dim_qk + r.head_dim_v) * r.itemsize)
-        return group * (1 << max(0, (L2_BYTES // head).bit_length() - 1))
+        return group * (1 << max(0, (gluon.L2_BYTES // head).bit_length() - 1))
 
     def scalars(self) -> tuple[Any, ...]:
         """scale, softcap, dropout_p, left, right: None for what is off."""

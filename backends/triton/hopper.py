@@ -78,8 +78,9 @@ ROWS = tl.constexpr(64)
 BLOCK_M = tl.constexpr(128)
 """Query rows of the two consumers, so of a tile."""
 AXES = {"bhsd": (0, 1, 2), "bshd": (0, 2, 1), "sbhd": (1, 2, 0)}
+"""Where B, H and S stand in each layout."""
 L2_BYTES = 32 << 20
-"""Of keys and values in use at once: well inside the 50 MiB of H100 and H200."""
+"""Of keys and values that may be in use at once: well inside the 40 to 50 MiB of A100, H100 and H200."""
 
 
 def takes(request: AttentionRequest) -> bool:
@@ -115,7 +116,7 @@ def launch(
     out: Tensor,
     lse: Tensor | None,
     request: AttentionRequest,
-    persistent: bool | None = None,
+    persistent: bool | None = False,
 ) -> None:
     """Fill `out` (strides of any layout) and `lse` (B, Hq, Sq). The current device must be that of q.
 
@@ -125,7 +126,6 @@ def launch(
     r = request
     tile, tiles, pairs = TILES[r.head_dim_qk], -(-r.seqlen_q // BLOCK_M.value), r.batch * r.heads_q
     uneven = r.right is not None and r.left is None
-    persistent = bool(persistent)
     programs = min(tiles * pairs, _multiprocessors(q.device)) if persistent else tiles * pairs
     operands = ((q, ROWS.value), (k, tile.block_n), (v, tile.block_n), (out, ROWS.value))
     constants = (r.head_dim_qk, *tile, r.left is not None)
