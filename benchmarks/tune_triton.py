@@ -1,17 +1,26 @@
 """Looks for faster tiles for our Triton kernels on the GPU that is here. Never run unasked: its result ships as data.
 
-    PYTHONPATH=. python benchmarks/tune_triton.py --budget 500 [--dims 128] [--passes forward] [--out FILE]
+    PYTHONPATH=. python benchmarks/tune_triton.py --dry --arch sm90 --out candidates.json     # compiles; needs no GPU
+    PYTHONPATH=. python benchmarks/tune_triton.py --classes varied --budget 120 --candidates candidates.json
 
-For each head dim and pass, every candidate is compiled first (many processes, no GPU), and dropped if it spills or
-needs more shared memory than there is. The rest must give the default tile's answer, and are then timed, causal and
-not, at 4k tokens. Writes configs/triton/tiles.yaml as it would be with the winners to --out (after each pass, so a run
-that is cut short counts), and every timing to a JSON file beside it. To ship: copy it over configs/triton/tiles.yaml,
-then `python tools/codegen.py --write docs/triton_codegen.md`, which compiles every feature with the new tiles.
+For each head dim, class of calls (configs/triton/tiles.yaml) and pass, every candidate is compiled first (many
+processes, no GPU), and dropped if it spills or needs more shared memory than there is. The rest must give the shipped
+tile's answer, and are then timed: `plain` causal and not at 4k tokens, `varied` on packed and on padded sequences of 1k
+to 4k, causal.
+
+--dry stops before the timing, and checks more: every call of the class that tools/codegen.py knows. It writes what
+passed, which --candidates reads: the GPU then waits for those only. They hold for the kernels and the triton they were
+compiled with; with others the file is refused.
+
+Otherwise --out is tiles.yaml as it would be with the winners (after each pass, so a run that is cut short counts), with
+every timing in a JSON file beside it. To ship: copy it over configs/triton/tiles.yaml, then
+`python tools/codegen.py --write docs/triton_codegen.md`, which compiles every feature with the new tiles.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -32,27 +41,43 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from attnrt.backends.triton import TritonBackend, adapter
+from attnrt.backends.triton import Portable, adapter
 from attnrt.backends.triton.tiles import CLASSES, Tile, arch_class
 from attnrt.environment import Environment
-from attnrt.operands import NO_OPERANDS, bind
+from attnrt.operands import Operands, bind
 
 ROOT = Path(__file__).resolve().parent.parent
 TILES = ROOT / "configs" / "triton" / "tiles.yaml"
 DEVICE = "cuda"
-TOKENS, WIDTH, LENGTH = 16384, 2048, 4096
-"""Tokens in all, Hq * D, tokens of a sequence."""
+WIDTH = 2048
+"""Hq * D of every call."""
+BATCH, LENGTH = 4, 4096
+"""Sequences of a plain call, and their tokens."""
+LENGTHS = tuple(range(1024, 4096, 205))
+"""Tokens of the sequences of a packed call; a padded one has every second."""
+TIMED = {"plain": ("full", "causal"), "varied": ("packed", "padded")}
+"""Calls by which a class is tuned; names as in tools/codegen.py."""
+CHECKED = {"plain": ("full", "causal", "window", "sinks"), "varied": ("packed", "padded", "softcap", "alibi")}
+"""Calls that a dry run compiles too: all of the class."""
 GAIN = 0.98
-"""A winner takes at most this part of the default's time."""
-SPILL = 32
-"""Bytes that a thread may spill in a candidate worth timing."""
+"""A winner takes at most this part of the shipped tile's time."""
 CANDIDATES: dict[str, tuple[tuple[int, ...], ...]] = {  # block_m, block_n, warps, stages
-    "forward": ((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)),
-    "dkdv": ((32, 64, 128), (64, 128), (4, 8), (1, 2, 3)),
-    "dq": ((64, 128), (32, 64, 128), (4, 8), (1, 2, 3)),
+    "forward": ((64, 128), (32, 64, 128), (4, 8), (2, 3)),
+    "dkdv": ((32, 64, 128), (64, 128), (4, 8), (1, 2)),
+    "dq": ((64, 128), (32, 64, 128), (4, 8), (2, 3)),
 }
 WORK = {"forward": 4, "dkdv": 8, "dq": 6}
 """Flops for each element of Hq Sq Skv D: two for each matrix product."""
+
+
+class Row(NamedTuple):
+    """What one tile of the table is for."""
+
+    dim: int
+    kind: str
+    """A class of calls."""
+    name: str
+    """A pass."""
 
 
 class Timing(NamedTuple):
@@ -60,7 +85,7 @@ class Timing(NamedTuple):
 
     tile: Tile
     ms: dict[str, float]
-    """By "causal" and "full"; empty if it was dropped."""
+    """By call; empty if it was dropped."""
     dropped: str = ""
 
 
@@ -79,24 +104,29 @@ def using(name: str, tile: Tile | None) -> Iterator[None]:
         adapter.tile_for = usual
 
 
-def compile_candidate(arch: str, dim: int, name: str, tile: Tile) -> str:
+def codegen() -> Any:
+    """tools/codegen.py as a module."""
+    if (name := "attnrt_tools_codegen") not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / "codegen.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+def compile_candidate(arch: str, row: Row, tile: Tile, calls: tuple[str, ...]) -> str:
     """Why it is not worth timing, or "". Leaves the machine code in triton's cache."""
-    spec = importlib.util.spec_from_file_location("attnrt_tools_codegen", ROOT / "tools" / "codegen.py")
-    assert spec is not None and spec.loader is not None
-    sys.modules[spec.name] = codegen = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(codegen)
-    for causal in (True, False):
+    tools = codegen()
+    for call in calls:
         try:
-            with using(name, tile), codegen.recorded(int(arch[2:])) as found:
-                codegen.run_call(arch, (dim, dim), layout="bhsd", causal=causal, training=name != "forward")
+            with using(row.name, tile), tools.recorded(int(arch[2:])) as found:
+                training = row.name != "forward"
+                tools.run_call(arch, (row.dim, row.dim), kernel=Portable(), training=training, **tools.FEATURES[call])
         except Exception as error:
             return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         for kernel, compiled in found:
-            if kernel == name:
-                made = codegen.read(arch, str(dim), "", kernel, compiled)
-                limit = codegen.SHARED_LIMIT.get(arch, 99) << 10
-                if made.shared > limit or made.stack > SPILL:
-                    return f"{made.stack} B spilled, {made.shared} of {limit} B shared"
+            if kernel == row.name and (wrong := tools.read(arch, str(row.dim), call, kernel, compiled).wrong):
+                return f"{call}: {', '.join(wrong)}"
     return ""
 
 
@@ -109,6 +139,18 @@ def verdict(future: Future[str]) -> str:
         return ""
 
 
+def stamp() -> str:
+    """Of the kernels and of the compiler."""
+    import triton
+
+    sources = (ROOT / "backends" / "triton" / f"{name}.py" for name in ("scores", "forward", "backward"))
+    return f"triton {triton.__version__}, {hashlib.sha256(b''.join(s.read_bytes() for s in sources)).hexdigest()[:12]}"
+
+
+def key(row: Row) -> str:
+    return f"{row.name} {row.dim} {row.kind}"
+
+
 # --- Timing ------------------------------------------------------------------------------------------------------
 
 
@@ -118,74 +160,103 @@ def median_ms(call: Callable[[], Any]) -> float:
     return float(do_bench(call, warmup=10, rep=40, return_mode="median"))
 
 
-def call_of(name: str, dim: int, causal: bool) -> Callable[[], tuple[torch.Tensor, ...]]:
+def lengths_of(call: str) -> tuple[int, ...]:
+    """Tokens of each sequence of a call."""
+    return {"packed": LENGTHS, "padded": LENGTHS[1::2]}.get(call, (LENGTH,) * BATCH)
+
+
+def call_of(row: Row, call: str) -> Callable[[], tuple[torch.Tensor, ...]]:
     """One pass with the tiles that the adapter takes now; a backward pass comes with its preprocessing."""
     torch.manual_seed(0)
-    shape, training = (TOKENS // LENGTH, WIDTH // dim, LENGTH, dim), name != "forward"
-    q, k, v = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=training) for _ in range(3))
+    lengths, heads, training = (
+        torch.tensor(lengths_of(call), dtype=torch.int32),
+        WIDTH // row.dim,
+        row.name != "forward",
+    )
+    layout, front, operands = "bshd", (len(lengths), LENGTH, heads), Operands()
+    if call == "packed":
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(DEVICE, torch.int32)
+        layout, front = "thd", (int(lengths.sum()), heads)  # type: ignore[assignment]
+        operands = Operands(cu_seqlens_q=offsets, cu_seqlens_kv=offsets)
+    elif call == "padded":
+        operands = Operands(seqlens_q=(n := lengths.to(DEVICE)), seqlens_kv=n)
+    q, k, v = (
+        torch.randn(*front, row.dim, device=DEVICE, dtype=torch.bfloat16, requires_grad=training) for _ in range(3)
+    )
     request = bind(
-        q, k, v, NO_OPERANDS, layout="bhsd", causal=causal, window=None, alignment=None, softcap=None, dropout_p=0.0,
-        scale=None, max_seqlen_q=None, max_seqlen_kv=None, deterministic=False, return_lse=False,
+        q, k, v, operands, layout=layout, causal=call != "full", window=None, alignment=None, softcap=None,
+        dropout_p=0.0, scale=None, max_seqlen_q=None, max_seqlen_kv=None, deterministic=False, return_lse=False,
     )  # fmt: skip
-    run = TritonBackend().prepare(request, Environment.detect(DEVICE))
+    run = Portable().prepare(request, Environment.detect(DEVICE))
     if not training:
-        return lambda: (run(q, k, v, NO_OPERANDS),)
-    inputs = (q,) if name == "dq" else (k, v)
-    out = run(q, k, v, NO_OPERANDS)
+        return lambda: (run(q, k, v, operands),)
+    inputs = (q,) if row.name == "dq" else (k, v)
+    out = run(q, k, v, operands)
     return partial(torch.autograd.grad, out, inputs, torch.randn_like(out), retain_graph=True)
 
 
-def time_candidate(name: str, dim: int, tile: Tile | None, truth: dict[str, Any]) -> Timing:
-    """With the default tile if `tile` is None; that one fills `truth`."""
+def time_candidate(row: Row, tile: Tile | None, truth: dict[str, Any]) -> Timing:
+    """With the shipped tile if `tile` is None; that one fills `truth`."""
     shown = tile or Tile(0, 0, 0, 0)
     times = {}
-    for mask in ("causal", "full"):
+    for name in TIMED[row.kind]:
         try:
-            with using(name, tile):
-                call = call_of(name, dim, mask == "causal")
+            with using(row.name, tile):
+                call = call_of(row, name)
                 answer = call()
-                want = truth.setdefault(mask, answer)
+                want = truth.setdefault(name, answer)
                 gaps = [
                     float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(answer, want, strict=True)
                 ]
                 if not all(gap < 5e-3 for gap in gaps):  # NaN included
-                    return Timing(shown, {}, f"WRONG: {gaps} from the default's answer ({mask})")
-                times[mask] = median_ms(call)
+                    return Timing(shown, {}, f"WRONG: {gaps} from the shipped tile's answer ({name})")
+                times[name] = median_ms(call)
         except Exception as error:  # such as triton's OutOfResources
             return Timing(shown, {}, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
     return Timing(shown, times)
 
 
-def cost(timing: Timing, default: Timing) -> float:
-    """Geometric mean of its times over the default's."""
+def cost(timing: Timing, shipped: Timing) -> float:
+    """Geometric mean of its times over those of the shipped tile."""
     if not timing.ms:
         return math.inf
-    return math.prod(timing.ms[m] / default.ms[m] for m in timing.ms) ** (1 / len(timing.ms))
+    return math.prod(timing.ms[m] / shipped.ms[m] for m in timing.ms) ** (1 / len(timing.ms))
 
 
-def tflops(name: str, mask: str, ms: float) -> float:
-    return WORK[name] * TOKENS * LENGTH * WIDTH / (2 if mask == "causal" else 1) / ms / 1e9
+def tflops(name: str, call: str, ms: float) -> float:
+    scores = sum(n * n for n in lengths_of(call)) / (1 if call == "full" else 2)
+    return WORK[name] * scores * WIDTH / ms / 1e9
 
 
 # --- The data file -----------------------------------------------------------------------------------------------
 
 
-def with_tile(text: str, name: str, arch: str, dim: int, tile: Tile, remark: str) -> str:
-    """tiles.yaml with another `plain` tile in one row. Heavier calls that took the old one keep it, and so do arches
-    that shared the row."""
-    start = re.search(rf"^{name}:.*\n", text, re.MULTILINE)
-    assert start, f"no pass {name}"
+def tile_of(text: str, arch: str, row: Row) -> Tile:
+    """What the table gives: heavier classes fall back to lighter ones."""
+    rows = yaml.safe_load(text)[row.name][arch][row.dim]
+    lighter = CLASSES[: CLASSES.index(row.kind) + 1]
+    return Tile(*next(rows[c] for c in reversed(lighter) if c in rows))
+
+
+def with_tile(text: str, arch: str, row: Row, tile: Tile) -> str:
+    """tiles.yaml with another tile in one row. Heavier classes that took the old one keep it, and so do arches that
+    shared the row."""
+    start = re.search(rf"^{row.name}:.*\n", text, re.MULTILINE)
+    assert start, f"no pass {row.name}"
     stop = re.compile(r"^\S", re.MULTILINE).search(text, start.end())
     end = stop.start() if stop else len(text)
     block = text[start.end() : end]
     block = re.sub(r"^  (sm\d+): \*(\w+)\n", lambda m: _copied(text, m[1], m[2]), block, flags=re.MULTILINE)
-    row = re.compile(rf"(^  {arch}:[^\n]*\n(?:    [^\n]*\n)*?    {dim}: )(\{{[^}}\n]*\}})[^\n]*\n", re.MULTILINE)
-    found = row.search(block)
-    assert found, f"no row {name}, {arch}, {dim}"
-    old: dict[str, list[int]] = yaml.safe_load(found[2])
-    new = {"plain": list(tile), "varied": old["plain"]} | {c: t for c, t in old.items() if c != "plain"}
+    line = re.compile(rf"(^  {arch}:[^\n]*\n(?:    [^\n]*\n)*?    {row.dim}: )(\{{[^}}\n]*\}})", re.MULTILINE)
+    found = line.search(block)
+    assert found, f"no row {row.name}, {arch}, {row.dim}"
+    new: dict[str, list[int]] = yaml.safe_load(found[2])
+    heavier = CLASSES[CLASSES.index(row.kind) + 1 :]
+    if heavier and heavier[0] not in new:
+        new[heavier[0]] = list(tile_of(text, arch, row))
+    new[row.kind] = list(tile)
     inside = ", ".join(f"{c}: {new[c]}" for c in CLASSES if c in new)
-    return text[: start.end()] + row.sub(rf"\g<1>{{{inside}}}  # {remark}\n", block) + text[end:]
+    return text[: start.end()] + line.sub(rf"\g<1>{{{inside}}}", block) + text[end:]
 
 
 def _copied(text: str, arch: str, anchor: str) -> str:
@@ -195,62 +266,99 @@ def _copied(text: str, arch: str, anchor: str) -> str:
     return f"  {arch}:\n{found[1]}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--budget", type=float, default=500, help="seconds; no pass is begun after them")
-    parser.add_argument("--dims", type=int, nargs="+", default=(128, 64, 256))
-    parser.add_argument("--passes", nargs="+", default=tuple(CANDIDATES), choices=CANDIDATES)
-    parser.add_argument("--out", type=Path, default=Path("gpu-results/tiles.yaml"))
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="processes that compile")
-    options = parser.parse_args()
+# --- Both ways to run it -----------------------------------------------------------------------------------------
+
+
+def dry(arch: str, rows: list[Row], jobs: int, out: Path) -> None:
+    """Compile every candidate for an arch that need not be here; write those that pass."""
+    passed: dict[str, list[Tile]] = {}
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        tiles = {row: [Tile(*t) for t in itertools.product(*CANDIDATES[row.name])] for row in rows}
+        said = {
+            (row, t): pool.submit(compile_candidate, arch, row, t, CHECKED[row.kind])
+            for row in rows
+            for t in tiles[row]
+        }
+        for row in rows:
+            passed[key(row)] = [t for t in tiles[row] if not verdict(said[row, t])]
+            print(f"{key(row)}: {len(passed[key(row)])} of {len(tiles[row])}: {[list(t) for t in passed[key(row)]]}")
+            out.write_text(json.dumps({"arch": arch, "stamp": stamp(), "candidates": passed}, indent=None))
+            sys.stdout.flush()
+
+
+def candidates(file: Path | None, arch: str, rows: list[Row]) -> dict[Row, list[Tile]]:
+    """Those of a dry run, or all."""
+    every = {row: [Tile(*t) for t in itertools.product(*CANDIDATES[row.name])] for row in rows}
+    if file is None:
+        return every
+    known = json.loads(file.read_text())
+    if (known["arch"], known["stamp"]) != (arch, stamp()):
+        sys.exit(f"{file} is for {known['arch']} and {known['stamp']}; here are {arch} and {stamp()}: run --dry again")
+    return {row: [Tile(*t) for t in known["candidates"].get(key(row), every[row])] for row in rows}
+
+
+def tune(rows: list[Row], options: argparse.Namespace) -> None:
     started = time.monotonic()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     here = Environment.detect(DEVICE)
     seen = f"{here.name}, triton {here.version('triton')}, torch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}"
     print(seen, flush=True)
     text = TILES.read_text()
-    known = yaml.safe_load(text)
-    row = arch_class(here.sm)
+    arch = arch_class(here.sm)
     log: list[dict[str, Any]] = []
-    every = list(itertools.product(options.dims, options.passes))
-    tiles = {name: [Tile(*t) for t in itertools.product(*CANDIDATES[name])] for name in options.passes}
+    tiles = candidates(options.candidates, here.arch, rows)
     pool = ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn"))
-    said = {(d, n, t): pool.submit(compile_candidate, here.arch, d, n, t) for d, n in every for t in tiles[n]}
-    for dim, name in every:
+    said = {(r, t): pool.submit(compile_candidate, here.arch, r, t, TIMED[r.kind]) for r in rows for t in tiles[r]}
+    for row in rows:
         if time.monotonic() - started > options.budget:
-            print(f"out of time before {name}, head_dim {dim}")
+            print(f"out of time before {key(row)}")
             break
-        default = Tile(*known[name][row][dim]["plain"])
+        shipped = tile_of(text, arch, row)
         truth: dict[str, Any] = {}
-        first = time_candidate(name, dim, None, truth)._replace(tile=default)
+        first = time_candidate(row, None, truth)._replace(tile=shipped)
         timings = [first]
-        for tile in tiles[name]:
+        for tile in tiles[row]:
             late = time.monotonic() - started > options.budget
-            dropped = "out of time" if late else verdict(said[dim, name, tile])
-            if tile != default:
-                timings.append(Timing(tile, {}, dropped) if dropped else time_candidate(name, dim, tile, truth))
-        log += [{"dim": dim, "pass": name, **t._asdict()} for t in timings]
+            dropped = "out of time" if late else verdict(said[row, tile])
+            if tile != shipped:
+                timings.append(Timing(tile, {}, dropped) if dropped else time_candidate(row, tile, truth))
+        log += [row._asdict() | t._asdict() for t in timings]
         options.out.with_suffix(".json").write_text(json.dumps({"seen_on": seen, "timings": log}, indent=1))
         wrong = [t for t in timings if t.dropped.startswith("WRONG")]
-        print("".join(f"{name} d{dim} {list(t.tile)} {t.dropped}\n" for t in wrong), end="")
+        print("".join(f"{key(row)} {list(t.tile)} {t.dropped}\n" for t in wrong), end="")
         if not first.ms:
-            print(f"{name} d{dim}: the default tile {list(default)} fails: {first.dropped}")
+            print(f"{key(row)}: the shipped tile {list(shipped)} fails: {first.dropped}")
             continue
         ranked = sorted((t for t in timings if t.ms), key=lambda t: cost(t, first))
         for timing in ranked[:4] + ([first] if first not in ranked[:4] else []):
-            speeds = "  ".join(f"{mask} {tflops(name, mask, ms):4.0f}" for mask, ms in timing.ms.items())
-            mark = " (default)" if timing is first else ""
-            print(
-                f"{name:8} d{dim:<3} {list(timing.tile)!s:20} TFLOP/s {speeds}  time x{cost(timing, first):.3f}{mark}"
-            )
-        best = ranked[0]
-        if cost(best, first) <= GAIN:
-            speeds = ", ".join(f"{tflops(name, m, ms):.0f} {m}" for m, ms in best.ms.items())
-            was = ", ".join(f"{tflops(name, m, ms):.0f}" for m, ms in first.ms.items())
-            text = with_tile(text, name, row, dim, best.tile, f"plain: {speeds} TFLOP/s (was {was}), {seen}")
+            speeds = "  ".join(f"{call} {tflops(row.name, call, ms):4.0f}" for call, ms in timing.ms.items())
+            mark = " (shipped)" if timing is first else ""
+            print(f"{key(row):20} {list(timing.tile)!s:20} TFLOP/s {speeds}  time x{cost(timing, first):.3f}{mark}")
+        if cost(ranked[0], first) <= GAIN:
+            text = with_tile(text, arch, row, ranked[0].tile)
         options.out.write_text(text)
         print(f"{time.monotonic() - started:.0f} s: {len(ranked)} of {len(timings)} timed", flush=True)
     pool.shutdown(cancel_futures=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--budget", type=float, default=500, help="seconds; no candidate is timed after them")
+    parser.add_argument("--dims", type=int, nargs="+", default=(128, 64, 256))
+    parser.add_argument("--classes", nargs="+", default=tuple(TIMED), choices=TIMED)
+    parser.add_argument("--passes", nargs="+", default=tuple(CANDIDATES), choices=CANDIDATES)
+    parser.add_argument("--out", type=Path, help="gpu-results/tiles.yaml, or gpu-results/candidates.json of a dry run")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="processes that compile")
+    parser.add_argument("--candidates", type=Path, help="what a dry run wrote: try these only")
+    parser.add_argument("--dry", action="store_true", help="list the candidates that compile well; no GPU needed")
+    parser.add_argument("--arch", default="sm90", help="of a dry run")
+    options = parser.parse_args()
+    options.out = options.out or ROOT / "gpu-results" / ("candidates.json" if options.dry else "tiles.yaml")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = [Row(*r) for r in itertools.product(options.dims, options.classes, options.passes)]
+    if options.dry:
+        dry(options.arch, rows, options.jobs, options.out)
+    else:
+        tune(rows, options)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnrt.backends.base import FEATURE_NAMES, Backend, Kernel, linear_bytes
@@ -10,7 +11,7 @@ from attnrt.environment import Environment
 from attnrt.request import AttentionRequest
 
 if TYPE_CHECKING:
-    from attnrt.backends.base import Run
+    from attnrt.backends.base import Backward, Forward, Run
 
 
 class Portable(Kernel):
@@ -19,6 +20,14 @@ class Portable(Kernel):
     name = "portable"
     title = "the portable Triton kernel"
     prefix = "TRITON_PORTABLE"
+    supports = FEATURE_NAMES | {"lse_backward"}
+    compiles = True
+
+    def disk_cache(self) -> Path | None:
+        """Triton's own."""
+        from triton import knobs
+
+        return Path(knobs.cache.dir)
 
     def bytes(self, request: AttentionRequest, environment: Environment) -> int:
         bias = request.bias
@@ -30,6 +39,11 @@ class Portable(Kernel):
 
         return prepare(request, environment)
 
+    def pair(self, request: AttentionRequest, environment: Environment) -> tuple[Forward, Backward]:
+        from attnrt.backends.triton.adapter import pair
+
+        return pair(request, environment)
+
 
 class Hopper(Portable):
     """A forward in Gluon that overlaps the softmax with the matrix products; the backward is the portable one."""
@@ -37,11 +51,10 @@ class Hopper(Portable):
     name = "hopper"
     title = "the Hopper kernel"
     prefix = "TRITON_HOPPER"
-    supports = (
-        FEATURE_NAMES
-        - {"mask", "bias", "bias_grad", "alibi", "softcap", "sinks", "dropout", "padding", "packed"}
-        - {"unaligned"}
-    )
+    supports = FEATURE_NAMES - {
+        *("mask", "bias", "bias_grad", "alibi", "softcap", "sinks", "dropout", "unaligned"),
+        "unequal_head_dims",
+    } | {"lse_backward"}
     rules = HOPPER_RULES
 
     def prepare(self, request: AttentionRequest, environment: Environment) -> Run:
@@ -49,6 +62,12 @@ class Hopper(Portable):
         from attnrt.backends.triton.hopper import available
 
         return prepare(request, environment, hopper=available())
+
+    def pair(self, request: AttentionRequest, environment: Environment) -> tuple[Forward, Backward]:
+        from attnrt.backends.triton.adapter import pair
+        from attnrt.backends.triton.hopper import available
+
+        return pair(request, environment, hopper=available())
 
 
 class Decode(Portable):
@@ -70,7 +89,7 @@ class TritonBackend(Backend):
     name = "triton"
     title = "the Triton kernel"
     prefix = "TRITON"
-    supports = FEATURE_NAMES - {"empty"}
+    supports = FEATURE_NAMES - {"empty"} | {"lse_backward"}
     rules = RULES
 
     def __init__(self) -> None:
@@ -87,3 +106,7 @@ class TritonBackend(Backend):
         """The first kernel that takes the request."""
         taking = (k for k in self.kernels if not any(rule.fails(request, environment) for rule in k.all_rules))
         return next(taking).prepare(request, environment)
+
+    def pair(self, request: AttentionRequest, environment: Environment) -> tuple[Forward, Backward]:
+        taking = (k for k in self.kernels if not any(rule.fails(request, environment) for rule in k.all_rules))
+        return next(taking).pair(request, environment)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,9 +14,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attnrt.backends.triton import backward as passes
 from attnrt.backends.triton import hopper as gluon
-from attnrt.backends.triton.decode import launch_decode, split_count
+from attnrt.backends.triton.decode import decode_pass, outputs, split_count
 from attnrt.backends.triton.forward import forward
-from attnrt.backends.triton.launch import launch
+from attnrt.backends.triton.replay import Recording, on
 from attnrt.backends.triton.scores import Matrix, Plane
 from attnrt.backends.triton.tiles import PASSES, Tile, block_dim, tile_for
 from attnrt.environment import Environment
@@ -23,7 +24,7 @@ from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
 
 if TYPE_CHECKING:
-    from attnrt.backends.base import Run
+    from attnrt.backends.base import Backward, Forward, Run
 
 STATS_ROWS: int = passes.STATS_ROWS.value
 
@@ -48,6 +49,9 @@ class Plan:
     """The forward is the Gluon kernel."""
     constants: dict[str, Any] = field(init=False)
     """Compile-time constants of every pass."""
+    forward: Recording = field(default_factory=Recording)
+    backward: dict[tuple[bool, ...], Recording] = field(default_factory=dict)
+    """By the gradients that are wanted."""
 
     def __post_init__(self) -> None:
         r = self.request
@@ -58,9 +62,14 @@ class Plan:
             "BLOCK_V": block_dim(r.head_dim_v),
             "PACKED": r.packed,
             "BOTTOM_RIGHT": r.alignment == "bottom_right",
-            "PRECISION": "ieee",
+            "PRECISION": "tf32" if r.tf32 else "ieee",
         }
         object.__setattr__(self, "constants", constants)
+
+    @property
+    def padded_q(self) -> int:
+        """Rows that a sequence's statistics take, whole tiles of them."""
+        return -(-self.request.seqlen_q // STATS_ROWS) * STATS_ROWS
 
     @property
     def longest_first(self) -> bool:
@@ -129,20 +138,45 @@ def prepare(request: AttentionRequest, environment: Environment, hopper: bool = 
     return run
 
 
+def pair(request: AttentionRequest, environment: Environment, hopper: bool = False) -> tuple[Forward, Backward]:
+    """See `Kernel.pair`."""
+    plan = plan_for(request, environment, hopper)
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        out, lse, seed = launch_forward(plan, q, k, v, operands)
+        assert lse is not None
+        return out, lse, () if seed is None else (seed,)
+
+    def backward(
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        extra: tuple[Tensor, ...],
+        operands: Operands,
+        wanted: Sequence[bool],
+    ) -> list[Tensor | None]:
+        saved = Saved(out, lse, extra[0] if extra else None)
+        return launch_backward(plan, q, k, v, operands, saved, grad, tuple(wanted))
+
+    return forward, backward
+
+
 def prepare_decode(request: AttentionRequest, environment: Environment) -> Run:
     """The same for few queries over many keys."""
     plan, r = plan_for(request, environment), request
     tile = tile_for("decode", r, environment)
-    splits = split_count(r, tile, environment.sm_count or 132)
+    splits = split_count(r, tile, environment.sm_count or 132, environment.sm)
 
     def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
-        slopes = _score_operands(r, operands)[2]
-        with _on(q):
-            found = launch_decode(
-                launch, plan, tile, splits, (q, k, v), slopes, operands.sinks, _lengths(operands)
-            )  # fmt: skip
-        return found if r.needs_lse else found[0]
+        tensors = (q, k, v, *outputs(r, splits, q, v), *_given(operands))
+        with on(q):
+            plan.forward(tensors, body)
+        return (tensors[3], tensors[4]) if r.needs_lse else tensors[3]
 
+    body = partial(decode_pass, plan, tile, splits)
     return run
 
 
@@ -176,34 +210,38 @@ def launch_forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, operands: Operan
         lse = q.new_full((r.heads_q, q.shape[0]), -torch.inf, dtype=torch.float32)
     elif r.needs_lse or r.needs_grad:
         lse = torch.empty((r.batch, r.heads_q, r.seqlen_q), dtype=torch.float32, device=q.device)
-    if plan.hopper:
-        with _on(q):
-            gluon.launch(q, k, v, out, lse, r)
-        return Saved(out, lse, None)
     seed = torch.randint(2**62, (1,), device=q.device) if r.dropout_p else None  # drawn on the device: no wait
+    with on(q):
+        plan.forward((q, k, v, out, lse, seed, *_given(operands)), partial(_forward_pass, plan))
+    return Saved(out, lse, seed)
+
+
+def _forward_pass(plan: Plan, launch: Any, tensors: Sequence[Any]) -> None:
+    r = plan.request
+    q, k, v, out, lse, seed, *given = tensors
+    sinks, *lengths = given[3:]
+    if plan.hopper:
+        return gluon.launch(q, k, v, out, lse, r, tuple(lengths), launch=launch)
     tile, c = plan.tiles["forward"], plan.constants
     tiles = -(-r.seqlen_q // tile.block_m)
     pairs = r.batch * r.heads_q
-    with _on(q):
-        launch(
-            forward,
-            (tiles * pairs,),
-            *(plan.matrix(x) for x in (q, k, v, out)),
-            None if lse is None else plan.row_values(lse),
-            plan.descriptor(k, tile.block_n, c["BLOCK_QK"]),
-            plan.descriptor(v, tile.block_n, c["BLOCK_V"]),
-            *_score_operands(r, operands),
-            operands.sinks,
-            *_lengths(operands),
-            seed,
-            *plan.scalars(),
-            *(r.heads_q, r.group, r.seqlen_q, r.seqlen_kv, tiles, pairs, min(pairs, plan.section(r.group))),
-            LONGEST_FIRST=plan.longest_first,
-            POSITIVE_SCALE=r.scale > 0,
-            SPLIT=True,
-            **plan.options("forward"),
-        )
-    return Saved(out, lse, seed)
+    launch(
+        forward,
+        (tiles * pairs,),
+        *(plan.matrix(x) for x in (q, k, v, out)),
+        *_row_values(lse),
+        plan.descriptor(k, tile.block_n, c["BLOCK_QK"]),
+        plan.descriptor(v, tile.block_n, c["BLOCK_V"]),
+        *score_operands(r, given),
+        *(sinks, *lengths, seed),
+        *plan.scalars(),
+        *(r.heads_q, r.group, r.seqlen_q, r.seqlen_kv, tiles, pairs, min(pairs, plan.section(r.group))),
+        LONGEST_FIRST=plan.longest_first,
+        POSITIVE_SCALE=r.scale > 0,
+        SPLIT=True,
+        **plan.options("forward"),
+    )
+    return None
 
 
 def launch_backward(
@@ -230,69 +268,77 @@ def launch_backward(
     bias = operands.bias
     dbias = torch.empty(bias.shape, dtype=bias.dtype, device=q.device) if bias is not None and wanted[3] else None
 
-    padded_q = -(-r.seqlen_q // STATS_ROWS) * STATS_ROWS
+    padded_q = plan.padded_q
     tokens = q.shape[0] + STATS_ROWS * (r.batch + 1) if r.packed else r.batch * padded_q
     stats_rows = -(-tokens // STATS_ROWS) * STATS_ROWS
-    lse2, delta = torch.empty((2, r.heads_q, stats_rows), dtype=torch.float32, device=q.device)
-    pairs = r.batch * r.heads_q
+    stats = torch.empty((2, r.heads_q, stats_rows), dtype=torch.float32, device=q.device)
     row_tiles = padded_q // STATS_ROWS
     dsinks = torch.empty((r.batch, r.heads_q, row_tiles), device=q.device) if wanted[4] else None
-
-    q_, k_, v_, dout = (plan.matrix(x) for x in (q, k, v, grad))
-    lengths = _lengths(operands)
-    stats, dim_qk, dim_v = (lse2, delta), plan.constants["BLOCK_QK"], plan.constants["BLOCK_V"]
-    sizes = (r.heads_q, r.group, r.seqlen_q, r.seqlen_kv, padded_q, stats_rows)
-    rest = (*_score_operands(r, operands), *lengths, saved.seed, *plan.scalars())
-    shared = {n: plan.constants[n] for n in ("DIM_V", "BLOCK_V", "PACKED")}
-    with _on(q):
-        launch(
-            passes.preprocess,
-            (row_tiles, pairs),
-            *(plan.matrix(saved.out), dout, plan.row_values(saved.lse), *stats),
-            *(operands.sinks, dsinks, lengths[0], r.heads_q, r.seqlen_q, padded_q, stats_rows),
-            **shared,
-            num_warps=4,
-        )
-        if dk is not None and dv is not None:
-            tile = plan.tiles["dkdv"]
-            tiles = -(-r.seqlen_kv // tile.block_n)
-            shared_q = r.packed or r.padded_q  # foreign rows must be masked as they are loaded: see load_tile
-            fetch = [
-                None if shared_q else plan.descriptor(q, tile.block_m, dim_qk),
-                plan.descriptor(k, tile.block_n, dim_qk),
-                plan.descriptor(v, tile.block_n, dim_v),
-                None if shared_q else plan.descriptor(grad, tile.block_m, dim_v),
-            ]
-            pairs_kv = r.batch * r.heads_kv
-            where = (tiles, pairs_kv, min(pairs_kv, plan.section(1)))
-            made = plan.matrix(dk), plan.matrix(dv)
-            launch(
-                passes.dkdv,
-                (tiles * pairs_kv,),
-                *(q_, k_, v_, dout, *stats, *made, *fetch, *rest, *sizes, *where),
-                **plan.options("dkdv"),
-            )
-        if dq is not None:
-            tile = plan.tiles["dq"]
-            tiles = -(-r.seqlen_q // tile.block_m)
-            shapes = ((k, tile.block_n, dim_qk), (v, tile.block_n, dim_v))
-            fetch = [None if r.packed or r.padded_kv else plan.descriptor(*x) for x in shapes]
-            where = (tiles, pairs, min(pairs, plan.section(r.group)))
-            launch(
-                passes.dq,
-                (tiles * pairs,),
-                *(q_, k_, v_, dout, *stats, plan.matrix(dq), *fetch, *rest, *sizes, *where),
-                LONGEST_FIRST=plan.longest_first,
-                **plan.options("dq"),
-            )
-        if dbias is not None:
-            _launch_dbias(plan, (q_, k_, v_, dout, *stats), dbias, rest, sizes)
+    made = (*stats.unbind(), dq, dk, dv, dbias, dsinks)
+    tensors = (q, k, v, saved.out, saved.lse, saved.seed, grad, *made, *_given(operands))
+    with on(q):
+        recording = plan.backward.get(wanted)
+        if recording is None:
+            recording = plan.backward[wanted] = Recording()
+        recording(tensors, partial(_backward_pass, plan))
     total = None if dsinks is None or operands.sinks is None else dsinks.sum((0, 2)).to(operands.sinks.dtype)
     return [dq, dk if wanted[1] else None, dv if wanted[2] else None, dbias, total]
 
 
-def _launch_dbias(plan: Plan, tensors: tuple[Any, ...], dbias: Tensor, rest: Any, sizes: Any) -> None:
-    r, tile = plan.request, plan.tiles["dbias"]
+def _backward_pass(plan: Plan, launch: Any, tensors: Sequence[Any]) -> None:
+    r = plan.request
+    q, k, v, out, lse, seed, grad, lse2, delta, dq, dk, dv, dbias, dsinks, *given = tensors
+    sinks, *lengths = given[3:]
+    stats, stats_rows, padded_q, pairs = (lse2, delta), lse2.shape[1], plan.padded_q, r.batch * r.heads_q
+    q_, k_, v_, dout = (plan.matrix(x) for x in (q, k, v, grad))
+    dim_qk, dim_v = plan.constants["BLOCK_QK"], plan.constants["BLOCK_V"]
+    sizes = (r.heads_q, r.group, r.seqlen_q, r.seqlen_kv, padded_q, stats_rows)
+    rest = (*score_operands(r, given), *lengths, seed, *plan.scalars())
+    launch(
+        passes.preprocess,
+        (padded_q // STATS_ROWS, pairs),
+        *(plan.matrix(out), dout, *_row_values(lse), *stats),
+        *(sinks, dsinks, lengths[0], r.heads_q, r.seqlen_q, padded_q, stats_rows),
+        **{n: plan.constants[n] for n in ("DIM_V", "BLOCK_V", "PACKED")},
+        num_warps=4,
+    )
+    if dk is not None:
+        tile = plan.tiles["dkdv"]
+        tiles = -(-r.seqlen_kv // tile.block_n)
+        shared_q = r.packed or r.padded_q  # foreign rows must be masked as they are loaded: see load_tile
+        fetch = [
+            None if shared_q else plan.descriptor(q, tile.block_m, dim_qk),
+            plan.descriptor(k, tile.block_n, dim_qk),
+            plan.descriptor(v, tile.block_n, dim_v),
+            None if shared_q else plan.descriptor(grad, tile.block_m, dim_v),
+        ]
+        pairs_kv = r.batch * r.heads_kv
+        where = (tiles, pairs_kv, min(pairs_kv, plan.section(1)))
+        launch(
+            passes.dkdv,
+            (tiles * pairs_kv,),
+            *(q_, k_, v_, dout, *stats, plan.matrix(dk), plan.matrix(dv), *fetch, *rest, *sizes, *where),
+            **plan.options("dkdv"),
+        )
+    if dq is not None:
+        tile = plan.tiles["dq"]
+        tiles = -(-r.seqlen_q // tile.block_m)
+        shapes = ((k, tile.block_n, dim_qk), (v, tile.block_n, dim_v))
+        fetch = [None if r.packed or r.padded_kv else plan.descriptor(*x) for x in shapes]
+        where = (tiles, pairs, min(pairs, plan.section(r.group)))
+        launch(
+            passes.dq,
+            (tiles * pairs,),
+            *(q_, k_, v_, dout, *stats, plan.matrix(dq), *fetch, *rest, *sizes, *where),
+            LONGEST_FIRST=plan.longest_first,
+            **plan.options("dq"),
+        )
+    if dbias is not None:
+        _dbias_pass(plan, launch, (q_, k_, v_, dout, *stats), dbias, (rest, sizes))
+
+
+def _dbias_pass(plan: Plan, launch: Any, tensors: tuple[Any, ...], dbias: Tensor, others: tuple[Any, Any]) -> None:
+    r, tile, (rest, sizes) = plan.request, plan.tiles["dbias"], others
     assert r.bias is not None
     batch, heads, queries, keys = r.bias.shape
     tiles_m, tiles_n = -(-queries // tile.block_m), -(-keys // tile.block_n)
@@ -308,32 +354,34 @@ def _launch_dbias(plan: Plan, tensors: tuple[Any, ...], dbias: Tensor, rest: Any
     )
 
 
-def _score_operands(r: AttentionRequest, operands: Operands) -> tuple[Plane | None, Plane | None, Matrix | None]:
-    """mask, bias and ALiBi slopes as the kernels take them."""
-    mask = bias = slopes = None
-    if operands.mask is not None and r.mask is not None:
-        mask = _plane(operands.mask.view(torch.uint8), r.mask.shape)
-    if operands.bias is not None and r.bias is not None:
-        bias = _plane(operands.bias, r.bias.shape)
-    if (given := operands.alibi_slopes) is not None:
-        slopes = Matrix(given, given.stride(0) if given.ndim == 2 else 0, given.stride(-1), 0)
-    return mask, bias, slopes
+def _row_values(x: Tensor | None) -> tuple[Any, int, int]:
+    """One number for each query row, with its strides over batch and heads."""
+    return (None, 0, 0) if x is None else (x, 0 if x.ndim == 2 else x.stride(0), x.stride(-2))
+
+
+def _given(o: Operands) -> tuple[Tensor | None, ...]:
+    """The optional tensors as passes take them: mask (bytes), bias, slopes, sinks, lengths of queries and keys."""
+    return (
+        None if o.mask is None else o.mask.view(torch.uint8),
+        *(o.bias, o.alibi_slopes, o.sinks),
+        o.seqlens_q if o.cu_seqlens_q is None else o.cu_seqlens_q,
+        o.seqlens_kv if o.cu_seqlens_kv is None else o.cu_seqlens_kv,
+    )
+
+
+def score_operands(
+    r: AttentionRequest, given: Sequence[Tensor | None]
+) -> tuple[Plane | None, Plane | None, Matrix | None]:
+    """mask, bias and ALiBi slopes as the kernels take them, from `_given`."""
+    mask, bias, slopes = given[:3]
+    return (
+        None if mask is None or r.mask is None else _plane(mask, r.mask.shape),
+        None if bias is None or r.bias is None else _plane(bias, r.bias.shape),
+        None if slopes is None else Matrix(slopes, slopes.stride(0) if slopes.ndim == 2 else 0, slopes.stride(-1), 0),
+    )
 
 
 def _plane(x: Tensor, shape: tuple[int, int, int, int]) -> Plane:
     """Strides over (B, Hq, Sq, Skv): 0 where the tensor has one element, or no such dim."""
     strides = (0,) * (4 - x.ndim) + tuple(x.stride())
     return Plane(x, *(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)))
-
-
-def _lengths(operands: Operands) -> tuple[Tensor | None, Tensor | None]:
-    o = operands
-    return (
-        o.seqlens_q if o.cu_seqlens_q is None else o.cu_seqlens_q,
-        o.seqlens_kv if o.cu_seqlens_kv is None else o.cu_seqlens_kv,
-    )
-
-
-def _on(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

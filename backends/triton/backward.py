@@ -22,10 +22,12 @@ import triton.language as tl
 
 from attnrt.backends.triton.scores import (
     LOG2E,
+    Matrix,
     head_pointer,
     key_ranges,
     load_tile,
     place,
+    product,
     query_range,
     scores_of,
     span,
@@ -49,9 +51,9 @@ def stats_begin(begin_q, b, padded_q, PACKED: tl.constexpr):
     return begin
 
 
-@triton.jit(do_not_specialize=["heads", "seqlen_q", "padded_q"])
+@triton.jit(do_not_specialize=["lse_batch", "lse_head", "heads", "seqlen_q", "padded_q"])
 def preprocess(
-    OUT, DOUT, LSE, LSE2, DELTA, SINKS, DSINKS, LENGTHS_Q,
+    OUT, DOUT, LSE, lse_batch, lse_head, LSE2, DELTA, SINKS, DSINKS, LENGTHS_Q,
     heads, seqlen_q, padded_q, stats_rows,
     DIM_V: tl.constexpr, BLOCK_V: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -61,27 +63,31 @@ def preprocess(
     b, h = pair // heads, pair % heads
     entry = 0 if PACKED else b  # packed sequences share one
     begin_q, length_q = span(LENGTHS_Q, b, seqlen_q, PACKED)
-    m0 = tile * STATS_ROWS
-    rows = m0 + tl.arange(0, STATS_ROWS)
-    real = rows < length_q
-    out = load_tile(OUT, None, entry, h, begin_q + m0, begin_q + length_q, DIM_V, BLOCK_V, STATS_ROWS, True)
-    dout = load_tile(DOUT, None, entry, h, begin_q + m0, begin_q + length_q, DIM_V, BLOCK_V, STATS_ROWS, True)
-    lse = tl.load(head_pointer(LSE, entry, h) + begin_q + rows, mask=real, other=float("-inf")) * LOG2E
-    live = lse != float("-inf")
-    delta = tl.where(live, tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1), 0.0)
-    if SINKS is not None:
-        sink = tl.load(SINKS + h).to(tl.float32) * LOG2E
-        top = tl.maximum(lse, sink)
-        lse = top + tl.log2(tl.exp2(lse - top) + tl.exp2(sink - top))
-        # A sink's value is zero, so its dP is 0: dsink = -p_sink delta, summed over every row of the head.
-        if DSINKS is not None:
-            tl.store(
-                DSINKS + pair * tl.num_programs(0) + tile, -tl.sum(tl.where(live, tl.exp2(sink - lse) * delta, 0.0))
-            )
-    at = tl.cast(h, tl.int64) * stats_rows + stats_begin(begin_q, b, padded_q, PACKED) + rows
-    mine = rows < (tl.cdiv(length_q, STATS_ROWS) * STATS_ROWS if PACKED else padded_q)
-    tl.store(LSE2 + at, tl.where(live, lse, float("inf")), mask=mine)
-    tl.store(DELTA + at, delta, mask=mine)
+    end_q = begin_q + length_q
+    at = tl.cast(h, tl.int64) * stats_rows + stats_begin(begin_q, b, padded_q, PACKED)
+    BLOCK: tl.constexpr = min(STATS_ROWS, 4096 // BLOCK_V)  # few enough to stay in registers
+    dsink = 0.0
+    first = tile * STATS_ROWS
+    stop = tl.minimum(first + STATS_ROWS, tl.cdiv(length_q, STATS_ROWS) * STATS_ROWS if PACKED else padded_q)
+    for m0 in tl.range(first, stop, BLOCK):
+        rows = m0 + tl.arange(0, BLOCK)
+        out = load_tile(OUT, None, entry, h, begin_q + m0, end_q, DIM_V, BLOCK_V, BLOCK, True)
+        dout = load_tile(DOUT, None, entry, h, begin_q + m0, end_q, DIM_V, BLOCK_V, BLOCK, True)
+        pointers = head_pointer(Matrix(LSE, lse_batch, lse_head, 1), entry, h) + begin_q + rows
+        lse = tl.load(pointers, mask=rows < length_q, other=float("-inf")) * LOG2E
+        live = lse != float("-inf")
+        delta = tl.where(live, tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1), 0.0)
+        if SINKS is not None:
+            sink = tl.load(SINKS + h).to(tl.float32) * LOG2E
+            top = tl.maximum(lse, sink)
+            lse = top + tl.log2(tl.exp2(lse - top) + tl.exp2(sink - top))
+            if DSINKS is not None:
+                # A sink's value is zero, so its dP is 0: dsink = -p_sink delta, summed over every row of the head.
+                dsink -= tl.sum(tl.where(live, tl.exp2(sink - lse) * delta, 0.0))
+        tl.store(LSE2 + at + rows, tl.where(live, lse, float("inf")))
+        tl.store(DELTA + at + rows, delta)
+    if DSINKS is not None:
+        tl.store(DSINKS + pair * tl.num_programs(0) + tile, dsink)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -127,28 +133,33 @@ def dkdv(
                 Q, Q_DESCRIPTOR, entry, h, begin_q + m0, end_q, DIM_QK, BLOCK_QK, BLOCK_M, True
             )  # fmt: skip
             s, kept = scores_of(
-                tl.dot(k, q.T, input_precision=PRECISION), rows[None, :], cols[:, None], b, h, shift, length_q,
+                product(k, q, PRECISION), rows[None, :], cols[:, None], b, h, shift, length_q,
                 length_kv, scale, softcap, slope, BIAS, PRECISE,
             )  # fmt: skip
-            p = tl.exp2(s - tl.load(LSE2 + stats + rows)[None, :])
-            seen = visible(rows[None, :], cols[:, None], b, h, shift, length_q, length_kv, left, right, MASK, True)
-            p = tl.where(seen, p, 0.0)
+            seen = visible(
+                rows[None, :], cols[:, None], b, h, shift, length_q, length_kv, left, right, MASK, True, False
+            )  # fmt: skip
+            lse = tl.load(LSE2 + (stats + m0) + tl.arange(0, BLOCK_M))  # summed so, it takes the fewest registers
+            p = tl.exp2(tl.where(seen, s, float("-inf")) - lse[None, :])
             dout = load_tile(
                 DOUT, DOUT_DESCRIPTOR, entry, h, begin_q + m0, end_q, DIM_V, BLOCK_V, BLOCK_M, True
             )  # fmt: skip
-            dp = tl.dot(v, dout.T, input_precision=PRECISION)
+            dp = product(v, dout, PRECISION)
             weights = p
             if SEED is not None:
                 there = survives(seed, dropout_p, b, h, heads, rows[None, :], cols[:, None])
                 weights = tl.where(there, p / (1.0 - dropout_p), 0.0)
                 dp = tl.where(there, dp / (1.0 - dropout_p), 0.0)
             dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
-            ds = p * (dp - tl.load(DELTA + stats + rows)[None, :]) * kept
+            ds = p * (dp - tl.load(DELTA + (stats + m0) + tl.arange(0, BLOCK_M))[None, :]) * kept
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
-    # The padding's gradients are zeros. A descriptor may have fetched anything there, which stayed in its own row.
     end_kv = begin_kv + (length_kv if PACKED else seqlen_kv)
-    dk = tl.where((cols < length_kv)[:, None], dk * scale, 0.0)
+    dk *= scale
+    if LENGTHS_KV is not None and not PACKED:  # the padding's gradients are zeros; what was fetched stayed in its row
+        real = (cols < length_kv)[:, None]
+        dk = tl.where(real, dk, 0.0)
+        dv = tl.where(real, dv, 0.0)
     store_tile(DK, entry, h_kv, begin_kv + n0, end_kv, dk, DIM_QK, BLOCK_QK, BLOCK_N)
     store_tile(DV, entry, h_kv, begin_kv + n0, end_kv, dv, DIM_V, BLOCK_V, BLOCK_N)
 
@@ -193,14 +204,14 @@ def dq(
             K, K_DESCRIPTOR, entry, h_kv, begin_kv + n0, end_kv, DIM_QK, BLOCK_QK, BLOCK_N, True
         )  # fmt: skip
         s, kept = scores_of(
-            tl.dot(q, k.T, input_precision=PRECISION), rows[:, None], cols[None, :], b, h, shift, length_q, length_kv,
+            product(q, k, PRECISION), rows[:, None], cols[None, :], b, h, shift, length_q, length_kv,
             scale, softcap, slope, BIAS, PRECISE,
         )  # fmt: skip
         p = tl.exp2(s - lse[:, None])
         seen = visible(rows[:, None], cols[None, :], b, h, shift, length_q, length_kv, left, right, MASK, True)
         p = tl.where(seen, p, 0.0)
         v = load_tile(V, V_DESCRIPTOR, entry, h_kv, begin_kv + n0, end_kv, DIM_V, BLOCK_V, BLOCK_N, True)
-        dp = tl.dot(dout, v.T, input_precision=PRECISION)
+        dp = product(dout, v, PRECISION)
         if SEED is not None:
             there = survives(seed, dropout_p, b, h, heads, rows[:, None], cols[None, :])
             dp = tl.where(there, dp / (1.0 - dropout_p), 0.0)
@@ -263,14 +274,14 @@ def dbias(
                     k = load_tile(K, None, entry, h_kv, begin_kv + n0, end_kv, DIM_QK, BLOCK_QK, BLOCK_N, True)
                     v = load_tile(V, None, entry, h_kv, begin_kv + n0, end_kv, DIM_V, BLOCK_V, BLOCK_N, True)
                     s, _kept = scores_of(
-                        tl.dot(q, k.T, input_precision=PRECISION), rows[:, None], cols[None, :], b, h, shift, length_q,
+                        product(q, k, PRECISION), rows[:, None], cols[None, :], b, h, shift, length_q,
                         length_kv, scale, softcap, slope, BIAS, PRECISE,
                     )  # fmt: skip
                     p = tl.exp2(s - lse[:, None])
                     seen = visible(
                         rows[:, None], cols[None, :], b, h, shift, length_q, length_kv, left, right, MASK, True
                     )  # fmt: skip
-                    dp = tl.dot(dout, v.T, input_precision=PRECISION)
+                    dp = product(dout, v, PRECISION)
                     if SEED is not None:
                         there = survives(seed, dropout_p, b, h, heads, rows[:, None], cols[None, :])
                         dp = tl.where(there, dp / (1.0 - dropout_p), 0.0)

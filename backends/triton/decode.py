@@ -18,6 +18,7 @@ Shapes: M rows, N keys of a tile, D head dim, S splits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,22 +26,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnrt.backends.triton.rules import few_rows
-from attnrt.backends.triton.scores import LN2, LOG2E, inside, key_ranges, load_tile, scores_of, span, visible
-from attnrt.backends.triton.tiles import Tile
+from attnrt.backends.triton.scores import LN2, LOG2E, Matrix, inside, key_ranges, load_tile, scores_of, span, visible
+from attnrt.backends.triton.tiles import Tile, arch_class, block_dim
 from attnrt.request import AttentionRequest
 
 if TYPE_CHECKING:
     from attnrt.backends.triton.adapter import Plan
-    from attnrt.backends.triton.scores import Matrix
 
 MIN_KEYS = 256
 """Of a split: reading fewer takes less time than starting a program and merging its part."""
 MAX_SPLITS = 256
 """Parts that a program of the merge holds at once."""
-RESIDENT = 2
-"""Programs that a multiprocessor runs at once. Each keeps (stages - 1) blocks of K and V in flight, 64 KiB with the
-shipped tiles; a multiprocessor needs about 40 KiB in flight to draw its share of 4.8 TB/s at a latency of 1 us."""
+SHARED_BYTES = {"sm80": 163 << 10, "sm86": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10}
+"""Of a multiprocessor, for the blocks of K and V in flight. It needs about 40 KiB in flight to draw its share of 4.8
+TB/s at a latency of 1 us, and has twice that with the shipped tiles."""
 MERGE_ELEMENTS = 8192
 """Of the parts in the registers of one merging program: 64 for each of its 128 threads."""
 
@@ -212,16 +211,17 @@ def merge(
         store_lse(LSE, entry, head, begin_q + query, here & (chunk == 0), lse2 + tl.zeros([1], tl.float32))
 
 
-def decodes(request: AttentionRequest) -> bool:
-    """Whether a request is one for these kernels: inference with few rows for each KV head."""
+def resident(request: AttentionRequest, tile: Tile, sm: int | None) -> int:
+    """Programs that a multiprocessor runs at once: what their shared memory leaves room for."""
     r = request
-    return few_rows(r) and not (r.needs_grad or r.dropout_p or r.mask is not None or r.bias is not None)
+    block = tile.block_n * (block_dim(r.head_dim_qk) + block_dim(r.head_dim_v)) * r.itemsize
+    return max(1, min(4, SHARED_BYTES[arch_class(sm)] // (tile.stages * block)))
 
 
-def split_count(request: AttentionRequest, tile: Tile, sm_count: int) -> int:
+def split_count(request: AttentionRequest, tile: Tile, sm_count: int, sm: int | None = 90) -> int:
     """The fewest splits that keep the multiprocessors busy to within 10 % of what any number of splits would.
 
-    Programs start in waves of `RESIDENT` for each multiprocessor; the last wave is rarely full, and the call takes as
+    Programs start in waves of `resident` for each multiprocessor; the last wave is rarely full, and the call takes as
     long as the waves it starts.
     """
     r = request
@@ -229,36 +229,37 @@ def split_count(request: AttentionRequest, tile: Tile, sm_count: int) -> int:
     if r.left is not None and r.alignment == "bottom_right":  # a window at the end of the cache
         keys = min(keys, r.left + r.seqlen_q)
     programs = r.batch * r.heads_kv * -(-r.seqlen_q * r.group // tile.block_m)
-    slots = RESIDENT * sm_count
+    slots = resident(r, tile, sm) * sm_count
     most = min(MAX_SPLITS, max(1, keys // max(MIN_KEYS, tile.block_n)))
     busy = [programs * s / (slots * -(-programs * s // slots)) for s in range(1, most + 1)]
     return next(s for s, part in enumerate(busy, 1) if part >= 0.9 * max(busy))
 
 
-def launch_decode(
-    launch: Any,
-    plan: Plan,
-    tile: Tile,
-    splits: int,
-    tensors: tuple[Tensor, Tensor, Tensor],
-    slopes: Matrix | None,
-    sinks: Tensor | None,
-    lengths: tuple[Tensor | None, Tensor | None],
-) -> tuple[Tensor, Tensor | None]:
-    """Output and LSE. `launch` starts a kernel: (kernel, grid, *args, **options)."""
-    r, (q, k, v) = plan.request, tensors
+def outputs(r: AttentionRequest, splits: int, q: Tensor, v: Tensor) -> tuple[Tensor | None, ...]:
+    """Output, LSE if asked for, and what the splits leave for the merge: their outputs and LSEs."""
     # A packed batch may hold tokens of no sequence, which no program visits.
     out = (torch.zeros if r.packed else torch.empty)((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
     lse = part = part_lse = None
-    if r.needs_lse:
-        shape = (r.heads_q, q.shape[0]) if r.packed else (r.batch, r.heads_q, r.seqlen_q)
-        lse = torch.empty(shape, dtype=torch.float32, device=q.device)
-        if r.packed:
-            lse.fill_(-torch.inf)
-    rows, pairs, c = r.seqlen_q * r.group, r.batch * r.heads_kv, plan.constants
+    if r.needs_lse and r.packed:
+        lse = q.new_full((r.heads_q, q.shape[0]), -torch.inf, dtype=torch.float32)
+    elif r.needs_lse:
+        lse = torch.empty((r.batch, r.heads_q, r.seqlen_q), dtype=torch.float32, device=q.device)
     if splits > 1:
-        part = torch.empty(pairs * splits * rows * r.head_dim_v, dtype=torch.float32, device=q.device)
-        part_lse = torch.empty(pairs * splits * rows, dtype=torch.float32, device=q.device)
+        rows = r.batch * r.heads_q * r.seqlen_q * splits
+        part = torch.empty(rows * r.head_dim_v, dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(rows, dtype=torch.float32, device=q.device)
+    return out, lse, part, part_lse
+
+
+def decode_pass(plan: Plan, tile: Tile, splits: int, launch: Any, tensors: Sequence[Any]) -> None:
+    """`launch` starts a kernel: (kernel, grid, *args, **options). tensors: q, k, v, `outputs`, the call's others."""
+    r, c = plan.request, plan.constants
+    q, k, v, out, lse, part, part_lse, *given = tensors
+    _, _, slopes, sinks, *lengths = given
+    slopes = (
+        None if slopes is None else Matrix(slopes, slopes.stride(0) if slopes.ndim == 2 else 0, slopes.stride(-1), 0)
+    )
+    rows, pairs = r.seqlen_q * r.group, r.batch * r.heads_kv
     block_m = min(tile.block_m, max(16, 1 << (rows - 1).bit_length()))  # 16: the least of a matrix product
     tiles = -(-rows // block_m)
     out_, lse_ = plan.matrix(out), None if lse is None else plan.row_values(lse)
@@ -291,4 +292,3 @@ def launch_decode(
             PACKED=r.packed,
             num_warps=4,
         )
-    return out, lse

@@ -24,10 +24,12 @@ import triton.language as tl
 from attnrt.backends.triton.scores import (
     LN2,
     LOG2E,
+    Matrix,
     head_pointer,
     key_ranges,
     load_tile,
     place,
+    product,
     scores_of,
     span,
     store_tile,
@@ -36,10 +38,16 @@ from attnrt.backends.triton.scores import (
 )
 
 
-@triton.jit(do_not_specialize=["left", "right", "heads", "group", "seqlen_q", "seqlen_kv", "tiles", "pairs", "section"])
+@triton.jit(
+    do_not_specialize=[
+        *("lse_batch", "lse_head", "left", "right", "heads", "group", "seqlen_q", "seqlen_kv", "tiles", "pairs"),
+        "section",
+    ]
+)
 def forward(
-    # Tensors as scores.Matrix / scores.Plane; the descriptors are None where the hardware cannot fetch by them.
-    Q, K, V, OUT, LSE, K_DESCRIPTOR, V_DESCRIPTOR,
+    # Tensors as scores.Matrix / scores.Plane; the descriptors are None where the hardware cannot fetch by them. The LSE
+    # comes apart from its strides, which are lengths: Triton would compile a kernel for those that 16 divides.
+    Q, K, V, OUT, LSE, lse_batch, lse_head, K_DESCRIPTOR, V_DESCRIPTOR,
     # None where the call does without: Plane, Plane, (B, Hq) Matrix, (Hq,), (B + 1) or (B,) twice, (1,) int64
     MASK, BIAS, SLOPES, SINKS, LENGTHS_Q, LENGTHS_KV, SEED,
     scale, softcap, dropout_p, left, right,
@@ -93,7 +101,7 @@ def forward(
             k = load_tile(
                 K, K_DESCRIPTOR, entry, h_kv, begin_kv + n0, end_kv, DIM_QK, BLOCK_QK, BLOCK_N, part != 1
             )  # fmt: skip
-            s = tl.dot(q, k.T, input_precision=PRECISION)
+            s = product(q, k, PRECISION)
             if not LINEAR:
                 s, _kept = scores_of(
                     s, rows[:, None], cols[None, :], b, h, shift, length_q, length_kv, scale, softcap, slope, BIAS,
@@ -132,5 +140,5 @@ def forward(
     end_q = begin_q + (length_q if PACKED else seqlen_q)
     store_tile(OUT, entry, h, begin_q + m0, end_q, out, DIM_V, BLOCK_V, BLOCK_M)
     if LSE is not None:
-        pointers = head_pointer(LSE, entry, h) + begin_q + rows
+        pointers = head_pointer(Matrix(LSE, lse_batch, lse_head, 1), entry, h) + begin_q + rows
         tl.store(pointers, tl.where(live, lse * LN2, float("-inf")), mask=begin_q + rows < end_q)

@@ -17,6 +17,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+PART = tl.constexpr(16)
 
 
 class Matrix(NamedTuple):
@@ -182,15 +183,37 @@ def load_plane(x, b, h, rows, cols, length_q, length_kv):
 
 
 @triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """a b^T of (M, D) and (N, D).
+
+    Exact float32 products run outside the matrix units, one after the other: in parts of 16 dims they round less, as
+    the sums of PyTorch's math do, and threads that share out the parts hold less of a and b in registers.
+    """
+    DIM: tl.constexpr = a.shape[1]
+    if a.dtype == tl.float32 and PRECISION == "ieee" and DIM > PART:
+        x = a.reshape(a.shape[0], DIM // PART, PART).permute(1, 0, 2)
+        y = b.reshape(b.shape[0], DIM // PART, PART).permute(1, 2, 0)
+        found = tl.sum(tl.dot(x, y, input_precision=PRECISION), 0)
+    else:
+        found = tl.dot(a, b.T, input_precision=PRECISION)
+    return found
+
+
+@triton.jit
 def tanh(x, PRECISE: tl.constexpr):
-    """1 - 2 / (e^2x + 1): e^2x may overflow to inf or vanish, and both limits come out right."""
-    y = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
-    if PRECISE:  # near 0 the subtraction cancels, which float32 inputs can see: there the series
+    """tanh x and its slope 1 - tanh^2 x, by t = e^-2x: (1 - t) / (1 + t) and 4 t / (1 + t)^2.
+
+    From tanh x itself the slope would cancel to nothing where tanh x is near 1.
+    """
+    t = tl.exp2(tl.minimum(x * (-2.0 * LOG2E), 80.0))  # bounded, so that no inf meets a 0
+    r = 1.0 / (1.0 + t)
+    y = (1.0 - t) * r
+    if PRECISE:  # 1 - t cancels near 0, which float32 inputs can see: there a polynomial (minimax up to 0.55, 2^-23)
         z = x * x
-        series = 62.0 / 2835.0 * z - 17.0 / 315.0
-        series = ((series * z + 2.0 / 15.0) * z - 1.0 / 3.0) * z + 1.0
-        y = tl.where(tl.abs(x) < 0.25, x * series, y)
-    return y
+        series = ((-0.00627424 * z + 0.02107168) * z - 0.05385231) * z + 0.13332586
+        series = (series * z - 0.33333316) * z
+        y = tl.where(tl.abs(x) < 0.55, x + x * series, y)
+    return y, 4.0 * (t * r) * r
 
 
 @triton.jit
@@ -202,9 +225,8 @@ def scores_of(
     rows and cols are the positions in the sequence, shaped to broadcast to the tile.
     """
     if softcap is not None:
-        capped = tanh(products * (scale / softcap), PRECISE)
+        capped, kept = tanh(products * (scale / softcap), PRECISE)
         scores = capped * (softcap * LOG2E)
-        kept = 1.0 - capped * capped
     else:
         scores = products * (scale * LOG2E)
         kept = 1.0
@@ -217,10 +239,11 @@ def scores_of(
 
 @triton.jit
 def visible(
-    rows, cols, b, h, shift, length_q, length_kv, left, right, MASK, EDGE: tl.constexpr
+    rows, cols, b, h, shift, length_q, length_kv, left, right, MASK, EDGE: tl.constexpr, END: tl.constexpr = True
 ):  # fmt: skip
-    """True where a query sees a key. EDGE=False promises that band and length hide nothing in this tile."""
-    seen = (cols < length_kv) | (rows < 0)
+    """True where a query sees a key. EDGE=False promises that band and length hide nothing in this tile, END=False that
+    it does not matter what keys past the end come to."""
+    seen = (cols < length_kv) | (rows < 0) if END else rows * 0 + cols * 0 == 0
     if EDGE:
         if left is not None:
             seen = seen & (cols >= rows + shift - left)

@@ -56,19 +56,19 @@ def costs(request: AttentionRequest) -> str:
 
 def tile_for(name: str, request: AttentionRequest, environment: Environment) -> Tile:
     """The tile of pass `name` (one of `PASSES`)."""
-    dim = max(64, block_dim(request.head_dim))
-    rows = _table()[name][arch_class(environment.sm)][dim]
+    table = _table()[name][_rows(request, environment)]
+    dims = block_dim(request.head_dim_qk), block_dim(request.head_dim_v)
+    rows = table.get(sum(dims) // 2) or table[max(64, *dims)]
     lighter = CLASSES[: CLASSES.index(costs(request)) + 1]
-    tile = Tile(*next(rows[c] for c in reversed(lighter) if c in rows))
-    return tile if request.itemsize == 2 else _for_float32(name, tile, dim)
+    return Tile(*next(rows[c] for c in reversed(lighter) if c in rows))
 
 
-def _for_float32(name: str, tile: Tile, dim: int) -> Tile:
-    """Twice the bytes, and exact products outside the matrix units, which hold both operands in registers: the largest
-    tiles that do not spill on sm80 and sm90. From head dim 256 even the smallest spills some hundred bytes."""
-    if name == "decode":
-        return Tile(min(tile.block_m, 64 if dim <= 64 else 32), min(tile.block_n, 32), tile.warps, 1)
-    return Tile(32, 32, 8, 1) if dim <= 64 else Tile(16, 16, 8, 1)
+def _rows(request: AttentionRequest, environment: Environment) -> str:
+    """Exact products run outside the matrix units, on all GPUs alike."""
+    arch = arch_class(environment.sm)
+    if request.itemsize == 2:
+        return arch
+    return f"tf32_{arch}" if request.tf32 else "float32"
 
 
 @cache

@@ -46,6 +46,7 @@ ONE_BY_ONE: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("TRITON_HEAD_DIM", {"head_dim_v": 512}, {}, {"head_dim_v": 64}),
     ("TRITON_STRIDED_LAST_DIM", {"_strides": "last_dim"}, {}, {"_strides": "strided"}),
     ("TRITON_EMPTY", {"seqlen_q": 0}, {}, {"seqlen_q": 1}),
+    ("TRITON_PAGED", {"padded": "kv", "page_size": 64}, {}, {"page_size": None}),
 ]
 
 

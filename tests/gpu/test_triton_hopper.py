@@ -48,14 +48,25 @@ def tensor(r: AttentionRequest, heads: int, length: int, view: str) -> Tensor:
     return inner.copy_(torch.randn(inner.shape, **options))
 
 
-def run(r: AttentionRequest, q: Tensor, k: Tensor, v: Tensor, persistent: bool | None = None) -> tuple[Tensor, Tensor]:
+MODES: tuple[dict[str, Any], ...] = (
+    {},
+    {"persistent": False},
+    {"persistent": True},
+    {"persistent": True, "ping_pong": False},
+    {"persistent": False, "ping_pong": False},
+)
+"""Ways to launch it, of which the first is the one that calls get."""
+
+
+def run(r: AttentionRequest, q: Tensor, k: Tensor, v: Tensor, **mode: Any) -> tuple[Tensor, Tensor]:
     """Poisoned outputs, with a guard of NaN behind each."""
+    shape = (r.heads_q, q.shape[0]) if r.packed else (r.batch, r.heads_q, r.seqlen_q)
     out, lse = (
         torch.full((n + 4096,), math.nan, dtype=dtype, device="cuda")
-        for n, dtype in ((q.numel(), q.dtype), (r.batch * r.heads_q * r.seqlen_q, torch.float32))
+        for n, dtype in ((q.numel(), q.dtype), (math.prod(shape), torch.float32))
     )
-    views = out[:-4096].view(q.shape), lse[:-4096].view(r.batch, r.heads_q, r.seqlen_q)
-    hopper.launch(q, k, v, *views, r, persistent)
+    views = out[:-4096].view(q.shape), lse[:-4096].view(shape)
+    hopper.launch(q, k, v, *views, r, **mode)
     assert out[-4096:].isnan().all() and lse[-4096:].isnan().all(), "wrote past the end"
     return views
 
@@ -63,8 +74,9 @@ def run(r: AttentionRequest, q: Tensor, k: Tensor, v: Tensor, persistent: bool |
 def reference(r: AttentionRequest, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """out in (B, H, S, D) and LSE, in plain PyTorch, from operands in (B, H, S, D)."""
     q, k, v = (x.to(dtype) for x in (q, k.repeat_interleave(r.group, 1), v.repeat_interleave(r.group, 1)))
-    shift = r.seqlen_kv - r.seqlen_q if r.alignment == "bottom_right" else 0
-    columns, rows = (torch.arange(n, device="cuda") for n in (r.seqlen_kv, r.seqlen_q))
+    seqlen_q, seqlen_kv = q.shape[2], k.shape[2]
+    shift = seqlen_kv - seqlen_q if r.alignment == "bottom_right" else 0
+    columns, rows = (torch.arange(n, device="cuda") for n in (seqlen_kv, seqlen_q))
     distance = columns - rows[:, None] - shift
     hidden = torch.zeros_like(distance, dtype=torch.bool)
     if r.left is not None:
@@ -72,26 +84,32 @@ def reference(r: AttentionRequest, q: Tensor, k: Tensor, v: Tensor, dtype: torch
     if r.right is not None:
         hidden |= distance > r.right
     scores = (q @ k.mT * r.scale).masked_fill(hidden, -math.inf)
-    return scores.softmax(-1) @ v, scores.double().logsumexp(-1)
+    return scores.softmax(-1).nan_to_num(0.0) @ v, scores.double().logsumexp(-1)
 
 
 def bhsd(r: AttentionRequest, x: Tensor) -> Tensor:
     return x.permute(*hopper.AXES[r.layout], 3)
 
 
-def check(r: AttentionRequest, views: tuple[str, str, str] = ("dense",) * 3, persistent: bool | None = None) -> None:
+def check(r: AttentionRequest, views: tuple[str, str, str] = ("dense",) * 3, **mode: Any) -> None:
     """The error is at most twice that of plain PyTorch in the same dtype (and a little)."""
     assert hopper.takes(r), r.describe()
     sizes = ((r.heads_q, r.seqlen_q), (r.heads_kv, r.seqlen_kv), (r.heads_kv, r.seqlen_kv))
     q, k, v = (tensor(r, *size, view) for size, view in zip(sizes, views, strict=True))
     assert hopper.fits(q, k, v)
-    out, lse = run(r, q, k, v, persistent)
-    again, lse_again = run(r, q, k, v, persistent)
+    out, lse = run(r, q, k, v, **mode)
+    again, lse_again = run(r, q, k, v, **mode)
     assert torch.equal(out, again) and torch.equal(lse, lse_again), "two runs differ"
-    operands = [bhsd(r, x) for x in (q, k, v)]
+    agree(r, bhsd(r, out), lse, [bhsd(r, x) for x in (q, k, v)])
+
+
+def agree(r: AttentionRequest, out: Tensor, lse: Tensor, operands: list[Tensor]) -> None:
+    """With float64, from (B, H, S, D)."""
     want, want_lse = reference(r, *operands, torch.float64)
-    usual = (reference(r, *operands, q.dtype)[0].double() - want).abs().max().item()
-    error = (bhsd(r, out).double() - want).abs().max().item()
+    if not want.numel():
+        return
+    usual = (reference(r, *operands, out.dtype)[0].double() - want).abs().max().item()
+    error = (out.double() - want).abs().max().item()
     assert error <= 2 * usual + (1e-2 if r.dtype == "bf16" else 2e-3), f"error {error:.3g}, plain has {usual:.3g}"
     torch.testing.assert_close(lse.double(), want_lse, rtol=1e-4, atol=1e-3)
 
@@ -105,8 +123,8 @@ def request(**changes: Any) -> AttentionRequest:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("seqlen", LENGTHS)
 def test_lengths(dim: int, causal: bool, seqlen: int) -> None:
-    for persistent in (False, True):
-        check(request(head_dim=dim, seqlen_q=seqlen, causal=causal), persistent=persistent)
+    for mode in MODES:
+        check(request(head_dim=dim, seqlen_q=seqlen, causal=causal), **mode)
 
 
 @pytest.mark.parametrize("layout", hopper.AXES)
@@ -123,7 +141,6 @@ def test_random(seed: int) -> None:
     band = draw.choice(["none", "causal", "causal", "window"])
     options: dict[str, Any] = {}
     if band != "none":
-        seqlen_q, seqlen_kv = sorted((seqlen_q, seqlen_kv))
         options = {"causal": band == "causal", "alignment": draw.choice(["top_left", "bottom_right"])}
     if band == "window":
         options["window"] = draw.choice([(0, 0), (100, 0), (128, None), (None, 70), (300, 300)])
@@ -135,17 +152,70 @@ def test_random(seed: int) -> None:
         **options,
     )  # fmt: skip
     views = [draw.choice(["dense", "rows", "heads"]) for _ in range(3)]
-    check(r, (views[0], views[1], views[2]), draw.choice([None, False, True]))
+    check(r, (views[0], views[1], views[2]), **draw.choice(MODES))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("seed", range(60))
+def test_lengths_of_their_own(seed: int, packed: bool) -> None:
+    """Sequences in a padded or packed batch, with NaN in the padding and behind the last sequence."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    heads_kv, batch = draw.choice([1, 2, 3]), draw.choice([1, 2, 5])
+    given = [[draw.choice([0, *LENGTHS]) for _ in range(batch)] for _ in range(2)]
+    if draw.random() < 0.5:
+        given[1] = given[0]
+    room = [max(max(x), 1) + draw.choice([0, 3]) for x in given]
+    band: dict[str, Any] = {}
+    if draw.random() < 0.7:
+        window = draw.choice([None, None, (100, 0), (128, None), (300, 300)])
+        band = {"causal": window is None, "window": window, "alignment": draw.choice(["top_left", "bottom_right"])}
+    r = AttentionRequest.from_shape(
+        batch=batch, heads_q=heads_kv * draw.choice([1, 2, 4]), heads_kv=heads_kv, seqlen_q=room[0], seqlen_kv=room[1],
+        head_dim=draw.choice([64, 128, 128, 256]) if not band.get("window") else draw.choice([64, 128]),
+        dtype=draw.choice(list(DTYPES)), layout="thd" if packed else draw.choice(list(hopper.AXES)), packed=packed,
+        padded=not packed, return_lse=True, **band,
+    )  # fmt: skip
+    assert hopper.takes(r)
+    heads, where, tensors = (r.heads_q, heads_kv, heads_kv), [], []
+    for x in given:
+        starts = [sum(x[:i]) for i in range(batch + 1)]
+        where.append([slice(*starts[b : b + 2]) if packed else slice(0, x[b]) for b in range(batch)])
+    lengths = tuple(
+        torch.tensor([sum(x[:i]) for i in range(batch + 1)] if packed else x, dtype=torch.int32, device="cuda")
+        for x in given
+    )
+    for i, h in enumerate(heads):
+        side = i > 0
+        dims = {"b": batch, "h": h, "s": room[side], "t": sum(given[side]) + 5}
+        order = "th" if packed else {"bhsd": "bhs", "bshd": "bsh", "sbhd": "sbh"}[r.layout]
+        x = torch.full((*(dims[a] for a in order), r.head_dim_qk), math.nan, dtype=DTYPES[r.dtype], device="cuda")
+        seen = x.permute(1, 0, 2)[None] if packed else bhsd(r, x)
+        for b, rows in enumerate(where[side]):
+            seen[0 if packed else b, :, rows] = torch.randn(h, rows.stop - rows.start, r.head_dim_qk)
+        tensors.append((x, seen))
+    out, lse = run(r, *(x for x, _ in tensors), lengths=lengths, **draw.choice(MODES))
+    out, lse = (out.permute(1, 0, 2)[None], lse[None]) if packed else (bhsd(r, out), lse)
+    left = torch.ones(lse.shape, dtype=torch.bool, device="cuda")
+    for b in range(batch):
+        at, rows = 0 if packed else b, (where[0][b], where[1][b], where[1][b])
+        own = [seen[at, :, s][None] for (_, seen), s in zip(tensors, rows, strict=True)]
+        agree(r, out[at, :, rows[0]][None], lse[at, :, rows[0]][None], own)
+        left[at, :, rows[0]] = False
+    if packed:
+        assert out[left].isnan().all() and lse[left].isnan().all()
+    else:
+        assert (out[left] == 0).all() and lse[left].isneginf().all()
 
 
 def test_many_tiles() -> None:
     """More tiles than multiprocessors, again and again: a race would show."""
     r = request(batch=4, heads_q=16, heads_kv=4, seqlen_q=2048, causal=True)
     q, k, v = (tensor(r, h, 2048, "dense") for h in (16, 4, 4))
-    for persistent in (False, True):
-        first = run(r, q, k, v, persistent)
-        for _ in range(200):
-            assert all(torch.equal(a, b) for a, b in zip(first, run(r, q, k, v, persistent), strict=True))
+    for mode in MODES:
+        first = run(r, q, k, v, **mode)
+        for _ in range(100):
+            assert all(torch.equal(a, b) for a, b in zip(first, run(r, q, k, v, **mode), strict=True))
 
 
 def test_large_scores() -> None:
@@ -167,13 +237,15 @@ def benchmark(dims: tuple[int, ...] = (64, 128, 256), lengths: tuple[int, ...] =
 
     def rate(work: float, function: Callable[[], Any]) -> float:
         try:
-            return work / (statistics.median(do_bench(function, return_mode="median") for _ in range(3)) * 1e9)
+            return work / (statistics.median(do_bench(function, rep=60, return_mode="median") for _ in range(3)) * 1e9)
         except RuntimeError as error:
             print(f"    {str(error).splitlines()[0][:100]}", file=sys.stderr)
             return math.nan
 
     print(torch.cuda.get_device_name(), torch.__version__, "| TFLOP/s, and ours over the best of PyTorch's")
-    print(f"{'':24}{'cudnn':>8}{'flash':>8}{'tiles':>8}{'persist':>8}{'ratio':>8}")
+    print(
+        f"{'':24}{'cudnn':>8}{'flash':>8}{'chosen':>8}{'tiles':>8}{'persist':>8}{'pers-pp':>8}{'tile-pp':>8}{'ratio':>8}"
+    )
     for dim in dims:
         for causal in (False, True):
             for seqlen in lengths:
@@ -187,7 +259,7 @@ def benchmark(dims: tuple[int, ...] = (64, 128, 256), lengths: tuple[int, ...] =
                 for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
                     with sdpa_kernel(backend):
                         rates.append(rate(work, lambda: F.scaled_dot_product_attention(a, b, c, is_causal=causal)))  # noqa: B023
-                rates += [rate(work, lambda p=p: hopper.launch(q, k, v, out, lse, r, p)) for p in (False, True)]  # noqa: B023
+                rates += [rate(work, lambda m=m: hopper.launch(q, k, v, out, lse, r, **m)) for m in MODES]  # noqa: B023
                 theirs, ours = ([x for x in pair if x == x] or [math.nan] for pair in (rates[:2], rates[2:]))
                 name = f"D={dim} {'causal' if causal else 'full':6} S={seqlen}"
                 row = "".join(f"{x:8.0f}" for x in rates)

@@ -22,10 +22,10 @@ import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-from attnrt.backends.triton import adapter  # noqa: E402
+from attnrt.backends.triton import replay  # noqa: E402
 
 Builder = interpreter.InterpreterBuilder
-_dot, _launch = Builder.create_dot, adapter.launch
+_dot, _launch = Builder.create_dot, replay.launch
 _patch = interpreter._patch_lang
 _allowed: list[tuple[int, int]] = []
 _patched: set[int] = set()
@@ -37,6 +37,16 @@ def _dot_with_bf16(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
         return _dot(self, a, b, d, *rest)
     left, right = ((x.data.astype(np.uint32) << 16).view(np.float32) for x in (a, b))
     return interpreter.TensorHandle((left @ right).astype(d.data.dtype) + d.data, d.dtype.scalar)
+
+
+def _dot_in_order(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+    """As a GPU does it in float32: one multiply-add after the other, each of them rounded."""
+    if a.data.dtype != np.float32:
+        return _dot_with_bf16(self, a, b, d, *rest)
+    left, right, found = a.data.astype(np.float64), b.data.astype(np.float64), d.data
+    for i in range(left.shape[-1]):
+        found = (found + left[..., i : i + 1] * right[..., i : i + 1, :]).astype(np.float32)
+    return interpreter.TensorHandle(found, d.dtype.scalar)
 
 
 def _patch_once(fn: Any) -> Any:
@@ -87,7 +97,7 @@ Builder.create_dot = _dot_with_bf16
 interpreter._patch_lang = _patch_once
 _checked("create_masked_load", 0)
 _checked("create_masked_store", 1)
-adapter.launch = _watched_launch
+replay.launch = _watched_launch
 builder = interpreter.interpreter_builder
 builder.options = replace(builder.options, debug=True)  # int32 overflow raises
 
@@ -100,3 +110,13 @@ def poisoned() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def dots_in_order() -> Iterator[None]:
+    """float32 products are summed as on a GPU; numpy's blocks round less."""
+    Builder.create_dot = _dot_in_order
+    try:
+        yield
+    finally:
+        Builder.create_dot = _dot_with_bf16

@@ -1,13 +1,17 @@
-"""Our Triton kernels, interpreted, against the float64 oracle. `test_numerics.py` runs this file, each test by itself.
+"""Our Triton kernels, interpreted, against the float64 oracle. `test_numerics.py` runs this file.
 
 Tiles are small, so that short sequences have many.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+import sys
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import emulation  # before triton
@@ -25,11 +29,13 @@ from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
 from attnrt.backends.base import reasons
-from attnrt.backends.triton import TritonBackend, adapter
+from attnrt.backends.triton import TritonBackend, adapter, replay, scores
 from attnrt.backends.triton.tiles import Tile
 from attnrt.environment import Environment
 from attnrt.operands import Operands
+from attnrt.request import AttentionRequest
 
+FULL = os.environ.get("TRITON_TESTS") == "full"
 KERNEL = TritonBackend()
 HERE = {"pointers": Environment.simulate("sm80"), "descriptors": Environment.simulate("sm90")}
 TILES = (Tile(16, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1))
@@ -161,7 +167,7 @@ def test_pairs(pair: tuple[str, str]) -> None:
     check(case, run(case, list(HERE)[number % 2], TILES[number % len(TILES)]))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60 if FULL else 12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     case=cases(without=frozenset({"empty", "last_dim"}), dtypes=DTYPES, dims=(16, 24, 40)),
     tile=st.sampled_from(TILES),
@@ -170,6 +176,80 @@ def test_pairs(pair: tuple[str, str]) -> None:
 def test_random(case: Case, tile: Tile, loads: str) -> None:
     assume(not reasons(KERNEL.all_rules, case.request(), HERE[loads]))
     check(case, run(case, loads, tile))
+
+
+# --- Softcap -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tanhs(x, value, slope, SIZE: tl.constexpr, PRECISE: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, SIZE)
+    y, kept = scores.tanh(tl.load(x + at), PRECISE)
+    tl.store(value + at, y)
+    tl.store(slope + at, kept)
+
+
+@pytest.mark.parametrize("precise", [True, False])
+def test_tanh(precise: bool) -> None:
+    """To a few roundings, its slope too, however near to 0 that is. Without PRECISE tanh x is right to 2^-22 only."""
+    x = torch.cat([torch.logspace(-6, 1.6, 2047), torch.linspace(0.5, 0.6, 2048), torch.tensor([1e4])])
+    x = torch.cat([-x, x])
+    value, slope = torch.empty(2, 8192)
+    replay.launch(tanhs, (1,), x, value, slope, SIZE=8192, PRECISE=precise)
+    want = x.double().tanh()
+    relative = want.abs() if precise else 1
+    assert ((value.double() - want).abs() / relative).max() < 2**-22
+    small = x.abs() < 27  # then the slope is over 2^-80
+    want = 1 / x[small].double().cosh() ** 2
+    error = (slope[small].double() - want).abs() / want / (1 + x[small].abs())
+    assert error.max() < 2**-20
+    assert (slope[~small] < 2**-75).all() and (slope >= 0).all()
+
+
+@pytest.mark.parametrize("dim", [64, 256])
+def test_small_softcap_in_float32(dim: int) -> None:
+    """Scores far beyond the cap: their gradients are next to nothing, not the rounding of 1 - tanh^2."""
+    with emulation.dots_in_order():
+        for number in range(16):
+            torch.manual_seed(number)
+            lengths_q, lengths_kv = (1, 3, 9)[number % 3], (2, 5, 17)[number // 3 % 3]
+            q, k, v = (torch.randn(1, 1, n, dim).requires_grad_() for n in (lengths_q, lengths_kv, lengths_kv))
+            options = {"softcap": 0.5, "scale": (None, -0.3, 0.4)[number % 3], "return_lse": True}
+            case = Case(q, k, v, "bhsd", Operands(), torch.randn(1, 1, lengths_q, dim), options)
+            check(case, run(case, tile=TILES[0]))
+
+
+@triton.jit
+def products(a, b, out, SIZE: tl.constexpr, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    rows, dims = tl.arange(0, SIZE)[:, None], tl.arange(0, DIM)[None, :]
+    found = scores.product(tl.load(a + rows * DIM + dims), tl.load(b + rows * DIM + dims), "ieee")
+    tl.store(out + rows * SIZE + tl.arange(0, SIZE)[None, :], found)
+
+
+def test_exact_products_round_less_than_one_long_sum() -> None:
+    torch.manual_seed(0)
+    a, b, found = torch.randn(64, 256), torch.randn(64, 256), torch.empty(64, 64)
+    with emulation.dots_in_order():
+        replay.launch(products, (1,), a, b, found, SIZE=64, DIM=256)
+    one = torch.zeros(64, 64)
+    for x, y in zip(a.T.double(), b.T.double(), strict=True):
+        one = (one + x[:, None] * y).float()
+    want = a.double() @ b.double().T
+    assert (found - want).norm() < 0.5 * (one - want).norm()
+
+
+class Tf32(Case):
+    """The same call where PyTorch's switch allows TF32."""
+
+    def request(self) -> AttentionRequest:
+        return replace(super().request(), tf32=True)
+
+
+def test_tf32_is_the_same_here() -> None:
+    """The interpreter does not round to TF32, so what is launched with it must give what exact products give."""
+    for loads in HERE:
+        case = build("causal", "bias", "sinks")
+        check(case, run(Tf32(case.q, case.k, case.v, case.layout, case.operands, case.grad, case.options), loads))
 
 
 # --- Dropout -----------------------------------------------------------------------------------------------------
@@ -263,11 +343,11 @@ def reads(x, out, rows, stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped
 
 def test_the_watch_sees_a_stray_address_and_an_overflow() -> None:
     x, out = torch.ones(12), torch.empty(16)
-    adapter.launch(reads, (1,), x, out, 12, 1, BLOCK=16)
+    replay.launch(reads, (1,), x, out, 12, 1, BLOCK=16)
     with pytest.raises(InterpreterError, match="lie outside every tensor"):
-        adapter.launch(reads, (1,), x, out, 13, 1, BLOCK=16)
+        replay.launch(reads, (1,), x, out, 13, 1, BLOCK=16)
     with pytest.raises(InterpreterError, match="overflow"):
-        adapter.launch(reads, (1,), x, out, 0, 1 << 28, BLOCK=16)
+        replay.launch(reads, (1,), x, out, 0, 1 << 28, BLOCK=16)
 
 
 # --- Memory ------------------------------------------------------------------------------------------------------
@@ -312,3 +392,27 @@ def test_runs_are_identical() -> None:
     case = build("causal", "bias", "sinks", dtype=torch.float16)
     first, second = run(case), run(case)
     assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+# --- Tuning ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["plain", "varied"])
+def test_tuning_compares_answers_and_times(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """benchmarks/tune_triton.py on small calls: a tile that gives the answer is timed, one that does not is dropped."""
+    path = Path(__file__).resolve().parents[3] / "benchmarks" / "tune_triton.py"
+    spec = importlib.util.spec_from_file_location("attnrt_tune_triton", path)
+    assert spec is not None and spec.loader is not None
+    monkeypatch.setitem(sys.modules, spec.name, tune := importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(tune)
+    small = {"DEVICE": "cpu", "WIDTH": 32, "LENGTH": 40, "BATCH": 1, "LENGTHS": (17, 40)}
+    for name, value in small.items():
+        monkeypatch.setattr(tune, name, value)
+    monkeypatch.setattr(tune, "median_ms", lambda call: float(len(call())))
+    for name in tune.CANDIDATES:
+        row, truth = tune.Row(16, kind, name), {}
+        first = tune.time_candidate(row, None, truth)
+        assert set(first.ms) == set(tune.TIMED[kind]) == set(truth), first.dropped
+        assert tune.time_candidate(row, TILES[0], truth).ms == first.ms
+        wrong = {call: tuple(x + 1 for x in parts) for call, parts in truth.items()}
+        assert tune.time_candidate(row, TILES[0], wrong).dropped.startswith("WRONG")

@@ -4,6 +4,8 @@ units. Compiled for GPUs that need not be here; the whole table is docs/triton_c
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,21 +27,38 @@ def codegen() -> Any:
     return sys.modules[name]
 
 
-# One call of each class of tiles (configs/triton/tiles.yaml), and those that run most.
-FEATURES = ("full", "causal", "packed", "bias", "dropout", "decode")
-CHECKED = [(arch, dim, FEATURES) for arch in ("sm80", "sm90", "sm100") for dim in ("64", "128", "256")]
-CHECKED += [("sm86", dim, ("causal",)) for dim in ("64", "128", "256")]
+FULL = os.environ.get("TRITON_TESTS") == "full"
+SAMPLE = (
+    *(("sm80", "64", ("bias",)), ("sm80", "128", ("causal", "decode")), ("sm80", "256", ("packed",))),
+    *(("sm86", "64", ("dropout",)), ("sm86", "192/128", ("causal",)), ("sm86", "256", ("decode",))),
+    *(("sm90", "64", ("causal",)), ("sm90", "128", ("full", "packed", "decode")), ("sm90", "256", ("causal",))),
+    *(("sm100", "64", ("bias",)), ("sm100", "128", ("causal",)), ("sm100", "256", ("full", "decode"))),
+    *(("sm80", "128", ("tf32",)), ("sm90", "64", ("tf32",)), ("sm80", "64", ("fp32",))),
+)
+"""Every arch, head dim and class of tiles (configs/triton/tiles.yaml). The whole table takes far longer."""
+CHECKED = [(a, d, codegen().FEATURES) for a in codegen().ARCHS for d in codegen().DIMS] if FULL else SAMPLE
 
 
 @pytest.mark.parametrize(("arch", "dim", "features"), CHECKED, ids=lambda x: x if isinstance(x, str) else "")
 def test_shipped_tiles(arch: str, dim: str, features: tuple[str, ...]) -> None:
-    kernels = codegen().compile_all((arch,), (dim,), features, jobs=1)
+    kernels = codegen().compile_all((arch,), (dim,), tuple(features), jobs=1)
     assert {k.feature for k in kernels} == set(features)
     wrong = [str(k) for k in kernels if k.wrong] + codegen().without_matrix_units(kernels)
     assert not wrong, "\n".join(wrong)
     if arch == "sm90":
-        forward = [k for k in kernels if k.name != "preprocess" and k.feature in ("full", "causal")]
-        assert all("tma" in k.instructions for k in forward), "\n".join(map(str, forward))
+        fetched = [k for k in kernels if k.name != "preprocess" and k.feature in ("full", "causal")]
+        assert all("tma" in k.instructions for k in fetched), "\n".join(map(str, fetched))
+
+
+@pytest.mark.parametrize(("arch", "instruction"), [("sm80", "mma"), ("sm90", "wgmma")])
+def test_tf32_where_the_switch_allows_it(arch: str, instruction: str) -> None:
+    """And in no kernel of a call that asks for exact products."""
+    for tf32 in (True, False):
+        with codegen().recorded(int(arch[2:])) as found:
+            codegen().run_call(arch, (64, 64), dtype="float32", tf32=tf32, training=False)
+        ((_, kernel),) = found
+        products = [x for x in kernel.asm["ptx"].splitlines() if re.search(codegen().INSTRUCTIONS[instruction], x)]
+        assert bool(products) == tf32 and all("tf32" in x for x in products)
 
 
 def test_what_is_wrong_is_said() -> None:

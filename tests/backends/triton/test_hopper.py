@@ -1,6 +1,6 @@
 """The Hopper forward without a Hopper GPU: what the compiler makes of it, and what its three teams do on the CPU.
 
-Run it by pytest, or as a script for the table of variants.
+As a script it prints the table of variants.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import triton
 
-from attnrt.backends.triton import hopper
-from attnrt.request import AttentionRequest
+triton = pytest.importorskip("triton", reason="needs triton")
+
+from attnrt.backends.triton import hopper, hopper_kernel  # noqa: E402
+from attnrt.request import AttentionRequest  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not hopper.available(), reason=str(hopper.MISSING))
+PING_PONG = True
 SHARED_LIMIT = 227 << 10
 REGISTERS = 168
 """Of a thread at the start: 65,536 / (12 warps * 32). The consumers then take from the producer."""
@@ -37,10 +39,12 @@ class Variant(NamedTuple):
     dim: int
     dtype: str
     left: bool
+    lengths: str = "fixed"
 
 
 VARIANTS = [v for v in itertools.starmap(Variant, itertools.product(hopper.TILES, ("bf16", "fp16"), (False, True)))
             if not (v.dim == 256 and v.left)]  # fmt: skip
+VARIANTS += [Variant(*v) for v in itertools.product(hopper.TILES, ("bf16",), (False,), ("padded", "packed"))]
 
 
 class Compiled(NamedTuple):
@@ -56,7 +60,7 @@ def compile_for_sm90(variant: Variant) -> Compiled:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    tile, names = hopper.TILES[variant.dim], hopper.forward.arg_names
+    tile, names = hopper.TILES[variant.dim], hopper_kernel.forward.arg_names
     dtype = gl.bfloat16 if variant.dtype == "bf16" else gl.float16
 
     def descriptor(rows: int) -> str:
@@ -64,13 +68,20 @@ def compile_for_sm90(variant: Variant) -> Compiled:
         return f"tensordesc<{variant.dtype}{block},{gl.NVMMASharedLayout.get_default_for(block, dtype)!r}>"
 
     types = {"Q": descriptor(64), "K": descriptor(tile.block_n), "V": descriptor(tile.block_n), "OUT": descriptor(64)}
-    types |= {"LSE": "*fp32", "scale": "fp32"}
-    constants = {"D": variant.dim, "BLOCK_N": tile.block_n, "STAGES": tile.stages, "LEFT": variant.left}
+    types = {("O" if n == "OUT" else n): t for n, t in types.items()}
+    types |= {"OUT": f"*{variant.dtype}", "LSE": "*fp32", "scale": "fp32"}
+    constants = {"D": variant.dim, "BLOCK_N": tile.block_n, "STAGES": tile.stages, "QUERIES": tile.queries}
+    constants |= {"LEFT": variant.left, "PACKED": variant.lengths == "packed", "PING_PONG": PING_PONG}
+    lengths = ("LENGTHS_Q", "LENGTHS_KV")
+    if variant.lengths == "fixed":
+        constants |= dict.fromkeys(lengths)
+    else:
+        types |= dict.fromkeys(lengths, "*i32")
     source = GluonASTSource(
-        hopper.forward,
+        hopper_kernel.forward,
         {n: types.get(n, "constexpr" if n in constants else "i32") for n in names},
         {(names.index(n),): value for n, value in constants.items()},
-        {(names.index("LSE"),): [["tt.divisibility", 16]]},
+        {(names.index(n),): [["tt.divisibility", 16]] for n in ("LSE", "OUT")},
     )
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": hopper.WARPS})
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -166,6 +177,12 @@ class Memory:
     def permute(self, order: list[int]) -> Memory:
         return Memory(self.data.permute(order))
 
+    def slice(self, start: int, length: int) -> Memory:
+        return Memory(self.data[start : start + length])
+
+    def load(self, _: Any) -> torch.Tensor:
+        return self.data.clone()
+
     def store(self, value: torch.Tensor) -> None:
         self.data.copy_(value)
 
@@ -173,6 +190,10 @@ class Memory:
 class Pointer(NamedTuple):
     data: torch.Tensor
     at: Any = 0
+
+    @property
+    def dtype(self) -> Any:
+        return SimpleNamespace(element_ty=self.data.dtype)
 
     def __add__(self, offset: Any) -> Pointer:  # type: ignore[override]
         return Pointer(self.data, self.at + offset)
@@ -212,6 +233,7 @@ def store(x: torch.Tensor, at: list[int], source: Memory) -> None:
 
 
 def scatter(pointer: Pointer, value: torch.Tensor, mask: torch.Tensor) -> None:
+    mask = mask.expand(pointer.at.shape)
     pointer.data[pointer.at[mask]] = value[mask]
 
 
@@ -224,22 +246,48 @@ def lowest(choose: Any) -> Any:
     return of
 
 
-def emulate(r: AttentionRequest, q: Any, k: Any, v: Any, programs: int, section: int, stages: int) -> Any:
-    """out and LSE of (B, H, S, D) tensors: the kernel's own functions, with a stand-in for the language."""
+NAMES = (
+    *("place", "tiles_of_program", "span", "sequence", "key_blocks", "take_turn", "pass_turn", "softmax", "step"),
+    *("clear_foreign", "store_rows", "leave", "attend_tile", "blank_tile", "fetch_tile", "producer", "consumer"),
+)
+"""The functions of the kernel."""
+
+
+class Launch(NamedTuple):
+    """What a test varies of a launch."""
+
+    programs: int
+    section: int
+    stages: int
+    queries: int = 1
+    ping_pong: bool = False
+
+
+def emulate(r: AttentionRequest, q: Any, k: Any, v: Any, how: Launch, lengths: Any = (None, None)) -> Any:
+    """out and LSE of (B, H, S, D) tensors, packed: (1, H, T, D): the kernel's own functions, with a stand-in for the
+    language."""
     tiles, pairs = -(-r.seqlen_q // 128), r.batch * r.heads_q
-    shift = r.seqlen_kv - r.seqlen_q if r.alignment == "bottom_right" else 0
-    right = r.seqlen_kv if r.right is None else r.right
-    order, band = (tiles, pairs, section, r.heads_q), (r.seqlen_q, r.seqlen_kv, r.left or 0, right, shift)
+    shift = r.alignment == "bottom_right"
+    if lengths == (None, None):
+        shift *= r.seqlen_kv - r.seqlen_q
+    right = hopper.UNBOUNDED if r.right is None else r.right
+    order = (tiles, pairs, how.section, r.heads_q)
+    pointers = tuple(None if x is None else Pointer(x) for x in lengths)
+    bounds = (*pointers, r.seqlen_q, r.seqlen_kv, r.left or 0, right, shift)
     dim, block_n = r.head_dim_qk, hopper.TILES[r.head_dim_qk].block_n
-    out, lse = torch.full_like(q, math.nan), torch.full((r.batch, r.heads_q, r.seqlen_q), math.nan)
+    out, lse = torch.full_like(q, math.nan), torch.full(q.shape[:-1], math.nan)
+    programs, stages, queries = (tiles * pairs if r.packed else how.programs), how.stages, how.queries
     products = Products()
-    layouts = dict.fromkeys(("SliceLayout", "NVMMADistributedLayout", "DotOperandLayout"), lambda *_, **__: None)
+    layouts = dict.fromkeys(
+        ("SliceLayout", "NVMMADistributedLayout", "DotOperandLayout", "BlockedLayout"), lambda *_, **__: None
+    )
     for program in range(programs):
         gl = SimpleNamespace(
             **layouts, float32=torch.float32, int64=torch.int64, static_range=range,
             program_id=lambda _, program=program: program, num_programs=lambda _: programs,
             minimum=lowest(torch.minimum), maximum=lowest(torch.maximum), where=torch.where,
             exp2=torch.exp2, log2=torch.log2, max=torch.amax, sum=torch.sum, cast=lambda x, _: x, store=scatter,
+            load=lambda pointer: int(pointer.data[pointer.at]),
             arange=lambda a, b, _: torch.arange(int(a), int(b)), convert_layout=lambda x, *_, **__: x,
             zeros=lambda shape, dtype, _: torch.zeros([int(n) for n in shape]),
             full=lambda shape, value, dtype, _: torch.full([int(n) for n in shape], value),
@@ -253,19 +301,22 @@ def emulate(r: AttentionRequest, q: Any, k: Any, v: Any, programs: int, section:
             "tma": SimpleNamespace(store_wait=lambda _: None), "tma_load": load, "tma_store": store,
             "fence_async_shared": lambda: None, "warpgroup_mma": products.start, "warpgroup_mma_wait": products.wait,
         }  # fmt: skip
-        for name in ("place", "key_blocks", "softmax", "step", "producer", "consumer"):
-            world[name] = FunctionType(getattr(hopper, name).fn.__code__, world)
-        shared = [(2, 64), (stages, block_n), (stages, block_n)]
+        for name in NAMES:
+            world[name] = FunctionType(getattr(hopper_kernel, name).fn.__code__, world)
+        shared = [(2 * queries, 64), (stages, block_n), (stages, block_n)]
         memory = tuple(Memory(torch.full((n, 1, 1, rows, dim), math.nan, dtype=q.dtype)) for n, rows in shared)
         barriers = tuple(
             SimpleNamespace(index=[Barrier(count) for _ in range(n)].__getitem__)
-            for n, count in ((2, 1), (2, 1), (stages, 1), (stages, 2), (stages, 1), (stages, 2))
+            for n, count in (
+                *((2 * queries, 1), (2 * queries, 1), (stages, 1), (stages, 2), (stages, 1), (stages, 2), (2, 1)),
+            )
         )
-        rest = (memory, barriers, order, band)
-        constants = (dim, block_n, stages, r.left is not None)
-        scale = r.scale * math.log2(math.e)
+        rest = (memory, barriers, order, bounds)
+        constants = (dim, block_n, stages, queries, r.left is not None, r.packed)
+        strides = tuple(out.stride()[:3])
+        writes = (out, Pointer(out.view(-1)), Pointer(lse.view(-1)), strides, q.shape[2], r.scale * math.log2(math.e))
         calls = [("producer", (q, k, v, *rest, r.group, *constants))]
-        calls += [("consumer", (out, Pointer(lse.view(-1)), scale, *rest, who, *constants)) for who in (0, 1)]
+        calls += [("consumer", (writes, *rest, who, *constants, how.ping_pong)) for who in (0, 1)]
         errors: list[BaseException] = []
 
         def guarded(name: str, args: tuple[Any, ...], world: Any = world, errors: Any = errors) -> None:
@@ -285,47 +336,103 @@ def emulate(r: AttentionRequest, q: Any, k: Any, v: Any, programs: int, section:
 
 
 def reference(r: AttentionRequest, q: Any, k: Any, v: Any) -> Any:
+    """Of (B, H, S, D) tensors, in float64: zeros and -inf for a row that sees nothing."""
     q, k, v = (x.double() for x in (q, k.repeat_interleave(r.group, 1), v.repeat_interleave(r.group, 1)))
-    shift = r.seqlen_kv - r.seqlen_q if r.alignment == "bottom_right" else 0
-    distance = torch.arange(r.seqlen_kv) - torch.arange(r.seqlen_q)[:, None] - shift
+    seqlen_q, seqlen_kv = q.shape[2], k.shape[2]
+    shift = seqlen_kv - seqlen_q if r.alignment == "bottom_right" else 0
+    distance = torch.arange(seqlen_kv) - torch.arange(seqlen_q)[:, None] - shift
     seen = torch.ones_like(distance, dtype=torch.bool)
     if r.left is not None:
         seen &= distance >= -r.left
     if r.right is not None:
         seen &= distance <= r.right
     scores = (q @ k.mT * r.scale).masked_fill(~seen, -math.inf)
-    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+    return scores.softmax(-1).nan_to_num(0.0) @ v, scores.logsumexp(-1)
+
+
+def agree(out: Any, lse: Any, want: Any, want_lse: Any) -> None:
+    torch.testing.assert_close(out.double(), want, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-4, atol=1e-4)
+
+
+def draw_launch(draw: random.Random) -> Launch:
+    return Launch(
+        draw.choice([1, 2, 5]), draw.choice([1, 2, 7]), draw.choice([2, 3, 4]), draw.choice([1, 2]),
+        draw.random() < 0.5,
+    )  # fmt: skip
+
+
+def draw_band(draw: random.Random) -> dict[str, Any]:
+    window = draw.choice([None, None, (0, 0), (70, 0), (128, None), (200, 33), (300, 300)])
+    causal = window is None or draw.random() < 0.3
+    return {"causal": causal, "window": window, "alignment": draw.choice(["top_left", "bottom_right"])}
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_protocol_and_numerics(seed: int) -> None:
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    seqlen_q = draw.choice([1, 63, 64, 65, 127, 128, 129, 200, 256, 300, 385])
-    banded, kv = draw.random() < 0.7, seqlen_q + draw.choice([0, 0, 1, 63, 100, 128, 257])
-    window = draw.choice([None, None, (0, 0), (70, 0), (128, None), (200, 33), (300, 300)]) if banded else None
-    if not banded:
-        kv = draw.choice([1, 63, 64, 128, 129, 256, 400])
-    dim = draw.choice([64, 64, 128, 256]) if window is None else draw.choice([64, 128])
+    seqlen_q, kv = (draw.choice([1, 63, 64, 65, 127, 128, 129, 200, 256, 300, 385]) for _ in range(2))
+    band = draw_band(draw) if draw.random() < 0.7 else {}
+    dim = draw.choice([64, 64, 128, 256]) if band.get("window") is None else draw.choice([64, 128])
     heads_kv = draw.choice([1, 2])
     r = AttentionRequest.from_shape(
         batch=draw.choice([1, 2]), heads_q=heads_kv * draw.choice([1, 2, 3]), heads_kv=heads_kv, seqlen_q=seqlen_q,
-        seqlen_kv=kv, head_dim=dim, layout="bhsd", causal=banded and (window is None or draw.random() < 0.3),
-        window=window, alignment=draw.choice(["top_left", "bottom_right"]) if banded else None, return_lse=True,
+        seqlen_kv=kv, head_dim=dim, layout="bhsd", return_lse=True, **band,
     )  # fmt: skip
     assert hopper.takes(r)
     q = torch.randn(r.batch, r.heads_q, seqlen_q, dim).bfloat16()
     k, v = (torch.randn(r.batch, heads_kv, kv, dim).bfloat16() for _ in range(2))
-    programs = draw.choice([1, 2, 5])
-    out, lse = emulate(r, q, k, v, programs, draw.choice([1, 2, 7]), draw.choice([1, 2, 3]) + 1)
-    want, want_lse = reference(r, q, k, v)
-    torch.testing.assert_close(out.double(), want, rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-4, atol=1e-4)
+    agree(*emulate(r, q, k, v, draw_launch(draw)), *reference(r, q, k, v))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("seed", range(30))
+def test_lengths_of_their_own(seed: int, packed: bool) -> None:
+    """Sequences in a padded or packed batch, with NaN in the padding and behind the last sequence."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    heads_kv, batch = draw.choice([1, 2]), draw.choice([1, 3])
+    given = [[draw.choice([0, 1, 5, 64, 100, 128, 130, 257]) for _ in range(batch)] for _ in range(2)]
+    room = [max(max(x), 1) + draw.choice([0, 3]) for x in given]
+    band = draw_band(draw) if draw.random() < 0.7 else {}
+    band = band if band.get("window") is None or draw.random() < 0.5 else band | {"window": None, "causal": True}
+    dim = draw.choice([64, 128])
+    r = AttentionRequest.from_shape(
+        batch=batch, heads_q=heads_kv * draw.choice([1, 3]), heads_kv=heads_kv, seqlen_q=room[0], seqlen_kv=room[1],
+        head_dim=dim, layout="thd" if packed else "bhsd", packed=packed, padded=not packed, return_lse=True, **band,
+    )  # fmt: skip
+    assert hopper.takes(r)
+    heads = (r.heads_q, heads_kv, heads_kv)
+    if packed:
+        starts = [[sum(x[:i]) for i in range(batch + 1)] for x in given]
+        lengths = [torch.tensor(x, dtype=torch.int32) for x in starts]
+        sizes = [(1, h, starts[i > 0][-1] + 7, dim) for i, h in enumerate(heads)]
+        where = [[(0, slice(x[b], x[b + 1])) for b in range(batch)] for x in starts]
+    else:
+        lengths = [torch.tensor(x, dtype=torch.int32) for x in given]
+        sizes = [(batch, h, room[i > 0], dim) for i, h in enumerate(heads)]
+        where = [[(b, slice(0, x[b])) for b in range(batch)] for x in given]
+    tensors = [torch.full(size, math.nan).bfloat16() for size in sizes]
+    for i, x in enumerate(tensors):
+        for b, rows in where[i > 0]:
+            x[b, :, rows] = torch.randn(heads[i], rows.stop - rows.start, dim).bfloat16()
+    out, lse = emulate(r, *tensors, draw_launch(draw), tuple(lengths))
+    unwritten = torch.ones(lse.shape, dtype=torch.bool)
+    for b in range(batch):
+        (at, rows), (at_kv, rows_kv) = where[0][b], where[1][b]
+        operands = tensors[0][at, :, rows][None], *(x[at_kv, :, rows_kv][None] for x in tensors[1:])
+        agree(out[at, :, rows][None], lse[at, :, rows][None], *reference(r, *operands))
+        unwritten[at, :, rows] = False
+    if packed:
+        assert out[unwritten].isnan().all() and lse[unwritten].isnan().all()
+    else:
+        assert (out[unwritten] == 0).all() and lse[unwritten].isneginf().all()
 
 
 if __name__ == "__main__":
     print(f"triton {triton.__version__}: the Hopper forward on sm90, {hopper.WARPS} warps * 3")
     for each in VARIANTS:
         c = compile_for_sm90(each)
-        name = f"D={each.dim} {each.dtype}{' window' if each.left else ''}"
+        name = f"D={each.dim} {each.dtype} {each.lengths}{' window' if each.left else ''}"
         print(f"{name:20} {c.registers} regs {c.stack} B stack {c.shared:6} B shared")
