@@ -20,11 +20,14 @@ from attnrt.errors import (
     BackendFailed,
     BackendUnavailable,
     DemotionWarning,
+    GradientError,
+    PassThroughWarning,
     PolicyError,
     UnknownNameError,
     VariableError,
     VerificationFailed,
 )
+from attnrt.patch import patch_sdpa
 from attnrt.registry import register_backend, unregister_backend
 from attnrt.request import AttentionRequest
 from attnrt.runtime import refresh
@@ -44,6 +47,8 @@ __all__ = [
     "Decision",
     "DemotionWarning",
     "Environment",
+    "GradientError",
+    "PassThroughWarning",
     "PolicyError",
     "Reason",
     "Rule",
@@ -56,6 +61,7 @@ __all__ = [
     "explain_shape",
     "last_decision",
     "override",
+    "patch_sdpa",
     "refresh",
     "register_backend",
     "unregister_backend",

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
+import sys
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from attnrt import runtime
+from attnrt import execution, runtime, tracing
 from attnrt.decision import Decision
 from attnrt.environment import NAMED, Environment
 from attnrt.errors import ArgumentTypeError
+from attnrt.execution import device_facts
 from attnrt.operands import NO_OPERANDS, Operands, signature
 from attnrt.request import AttentionRequest
 from attnrt.settings import ENCODED, PolicySpec, current_context, environ_keys, environ_values
+from attnrt.sharded import CONTEXT_PARALLEL, sharded
 
-_last: ContextVar[Decision | None] = ContextVar("attnrt_last_decision", default=None)
-_set_last = _last.set
+_set_last = execution.last.set
 _context = current_context
 _plans = runtime.plans
 _seen = runtime.seen
@@ -25,7 +26,11 @@ _isdisjoint = environ_keys.isdisjoint
 _OURS = frozenset(ENCODED)
 _grad_enabled = torch.is_grad_enabled
 _autocast_enabled = torch.is_autocast_enabled
+_any_autocast = torch._C._is_any_autocast_enabled  # half the price of asking for one device
+_dynamo = torch.compiler.is_dynamo_compiling
+_transform = torch._C._functorch.peek_interpreter_stack
 _deterministic_enabled = torch.are_deterministic_algorithms_enabled
+_modules = sys.modules
 
 
 @overload
@@ -56,6 +61,7 @@ def attention(  # type: ignore[misc]
     cu_seqlens_kv: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_kv: int | None = None,
+    page_table: Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: str | None = None,
@@ -83,6 +89,9 @@ def attention(  # type: ignore[misc]
         seqlens_q, seqlens_kv: (B,) int32: how much of a padded batch is real. The rest is never read.
         cu_seqlens_q, cu_seqlens_kv: (B + 1,) int32 offsets for "thd"; tokens after the last belong to no sequence.
         max_seqlen_q, max_seqlen_kv: longest sequence for "thd"; None reads it, which on a GPU synchronises.
+        page_table: (B, pages) int32: k and v are pools of pages, (num_pages, page_size, Hkv, D) in "bshd" or
+            (num_pages, Hkv, page_size, D) in "bhsd", and key j of sequence b lies in page page_table[b, j // page_size]
+            at j % page_size. Needs seqlens_kv; entries past a sequence's length are never read; no gradients.
         return_lse: also return the natural log-sum-exp of the scaled, masked scores, without the sinks:
             (B, Hq, Sq) float32, "thd": (Hq, T). It carries no gradient.
         deterministic: the backward gives the same bits each time. None: torch.are_deterministic_algorithms_enabled().
@@ -99,14 +108,32 @@ def attention(  # type: ignore[misc]
         BackendUnavailable: no backend, or not the forced one, can serve the call; `.report` has every reason.
         BackendFailed: the kernel raised, and the policy does not go on to the next.
         VariableError, PolicyError: an environment variable or a policy file is wrong.
+
+    Inside torch.compile and torch.export the call is one operator of the graph, chosen for when the graph is traced,
+    or, where a size is dynamic, once for each size when it runs. torch.func.vmap raises ArgumentError.
     """
+    plain = type(q) is type(k) is type(v) is Tensor
+    if _dynamo() or not plain or _transform() is not None:
+        tensors = Operands(
+            mask, bias, alibi_slopes, sinks, seqlens_q, seqlens_kv, cu_seqlens_q, cu_seqlens_kv, page_table
+        )
+        if _dynamo() or tracing.needed(q, k, v, *tensors):
+            options = (layout, causal, window, alignment, softcap, dropout_p, scale, max_seqlen_q, max_seqlen_kv)
+            return tracing.attention(q, k, v, tensors, *options, return_lse, deterministic, backend, policy)
+    if (not plain or CONTEXT_PARALLEL in _modules) and sharded(q, k, v):
+        return _of_dtensors(locals())
     try:
         on_cpu = q.is_cpu and k.is_cpu and v.is_cpu
-        autocast = _autocast_enabled("cpu") if on_cpu else _autocast_on(q.device.type)
-        if mask is bias is alibi_slopes is sinks is seqlens_q is seqlens_kv is cu_seqlens_q is cu_seqlens_kv is None:
+        autocast = _any_autocast() and _autocast_on(q.device.type)
+        if (
+            mask is bias is alibi_slopes is sinks is None
+            and seqlens_q is seqlens_kv is cu_seqlens_q is cu_seqlens_kv is page_table is None
+        ):
             operands, parts = NO_OPERANDS, None
         else:
-            operands = Operands(mask, bias, alibi_slopes, sinks, seqlens_q, seqlens_kv, cu_seqlens_q, cu_seqlens_kv)
+            operands = Operands(
+                mask, bias, alibi_slopes, sinks, seqlens_q, seqlens_kv, cu_seqlens_q, cu_seqlens_kv, page_table
+            )
             parts = signature(operands, layout, q, k, (max_seqlen_q, max_seqlen_kv))
         if window is not None and type(window) is not tuple:
             window = tuple(window)  # type: ignore[assignment]  # a list cannot be a key
@@ -120,7 +147,7 @@ def attention(  # type: ignore[misc]
             q.dtype,
             k.dtype,
             v.dtype,
-            on_cpu or _device_facts(q, k, v),
+            on_cpu or device_facts(q, k, v),
             (q.requires_grad or k.requires_grad or v.requires_grad) and _grad_enabled(),
             layout,
             causal,
@@ -145,20 +172,23 @@ def attention(  # type: ignore[misc]
             flags = flags and _right_types(deterministic, window, softcap, scale, dropout_p)
         if not flags:
             key = None  # type: ignore[assignment]
+        # As runtime.variables_are_known, which would be one more call.
         current = _isdisjoint(_OURS) if _seen.quiet else environ_values() == _seen.values
         made = _plans.get(key) if current and not autocast else None
     except (AttributeError, TypeError, KeyError):
         # Not tensors, or not hashable: the checks below say what is wrong, or find a list where a tuple was meant.
         key, made, autocast = None, None, False
-        operands = Operands(mask, bias, alibi_slopes, sinks, seqlens_q, seqlens_kv, cu_seqlens_q, cu_seqlens_kv)
+        operands = Operands(
+            mask, bias, alibi_slopes, sinks, seqlens_q, seqlens_kv, cu_seqlens_q, cu_seqlens_kv, page_table
+        )
     if made is None or made.watched:
         return _autocast(locals()) if autocast else _first(locals())
     _set_last(made.decision)
     try:
         return made.run(q, k, v, operands)
     except Exception as error:
-        runtime.demote(error, made.decision)
-        return _first({**locals(), "made": None})
+        failed = runtime.demote(error, made.decision)
+        return _first({**locals(), "made": None, "failed": failed})
 
 
 _OPTIONS = (
@@ -180,27 +210,28 @@ _OPTIONS = (
 
 def _first(call: dict[str, Any]) -> Any:
     """A call whose plan is not known yet, or is watched. Goes on to the next candidate as long as the policy does."""
-    if torch.compiler.is_compiling():  # choosing reads files and versions, which is not for a graph
-        return torch.compiler.disable(_first_now)(call)
-    return _first_now(call)
-
-
-def _first_now(call: dict[str, Any]) -> Any:
-    key, made = call["key"], call["made"]
+    key, made, failed = call["key"], call["made"], call.get("failed", {})
     tensors = call["q"], call["k"], call["v"], call["operands"]
     options = {name: call[name] for name in _OPTIONS}
     while True:
         if made is None:
-            made = runtime.plan(key, *tensors, options)
+            made = runtime.plan(key, *tensors, options, failed)
         _set_last(made.decision)
         try:
             if made.watched:
-                made = runtime.examine(made, *tensors, options)
+                made = runtime.examine(made, *tensors, options, failed)
                 _set_last(made.decision)
             return made.run(*tensors)
         except Exception as error:
-            runtime.demote(error, made.decision)
+            failed = {**failed, **runtime.demote(error, made.decision)}
             made = None
+
+
+def _of_dtensors(call: dict[str, Any]) -> Any:
+    from attnrt.distributed import dtensor
+
+    operands = Operands(**{name: call[name] for name in Operands._fields})
+    return dtensor.attend(call["q"], call["k"], call["v"], operands, {name: call[name] for name in _OPTIONS})
 
 
 def _right_types(flag: Any, window: Any, *numbers: Any) -> bool:
@@ -221,17 +252,6 @@ def _autocast(call: dict[str, Any]) -> Any:
     tensors = (call[n] if call[n].dtype is torch.float64 else call[n].to(dtype) for n in ("q", "k", "v"))
     with torch.autocast(kind, enabled=False):
         return attention(*tensors, **options)
-
-
-def _device_facts(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
-    """Devices, pointer alignment and capture; the last two matter to GPU kernels only."""
-    return (
-        q.device,
-        k.device,
-        v.device,
-        (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
-        q.is_cuda and torch.cuda.is_current_stream_capturing(),
-    )
 
 
 def explain(
@@ -256,6 +276,7 @@ def explain(
     cu_seqlens_kv: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_kv: int | None = None,
+    page_table: Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: str | None = None,
@@ -272,8 +293,12 @@ def explain(
     cast = None
     if isinstance(q, Tensor) and _autocast_on(q.device.type):
         cast = torch.get_autocast_dtype(q.device.type)
-    operands = Operands(mask, bias, alibi_slopes, sinks, seqlens_q, seqlens_kv, cu_seqlens_q, cu_seqlens_kv)
-    return runtime.decide(q, k, v, operands, cast=cast, **{name: call[name] for name in _OPTIONS})
+    operands = Operands(mask, bias, alibi_slopes, sinks, seqlens_q, seqlens_kv, cu_seqlens_q, cu_seqlens_kv, page_table)
+    if sharded(q, k, v):
+        from attnrt.distributed import dtensor
+
+        return dtensor.explain(q, k, v, operands, {name: call[name] for name in _OPTIONS})
+    return runtime.decide(q, k, v, operands, cast=cast, every=True, **{name: call[name] for name in _OPTIONS})
 
 
 def explain_shape(
@@ -290,15 +315,15 @@ def explain_shape(
         environment: None for this machine, one of `attnrt.environment.NAMED` ("h100", "a100", "b200", "rtx4090", ...),
             an arch ("sm90"), or an `Environment`.
         shape: as in `AttentionRequest.from_shape`: batch, heads_q, heads_kv, seqlen_q, seqlen_kv, head_dim, head_dim_v,
-            dtype, layout, causal, window, alignment, packed, padded, training, mask, bias, bias_grad, alibi, softcap,
-            sinks, dropout_p, scale, return_lse.
+            dtype, layout, causal, window, alignment, packed, padded, page_size, training, mask, bias, bias_grad, alibi,
+            softcap, sinks, dropout_p, scale, return_lse.
 
     Raises:
         ArgumentError, ArgumentTypeError: a size, name or combination cannot be right.
     """
     chosen = runtime.settings(backend, policy)
     request = AttentionRequest.from_shape(deterministic=runtime.wants_determinism(deterministic, chosen), **shape)
-    return runtime.choose(request, as_environment(environment), chosen)
+    return runtime.choose(request, as_environment(environment), chosen, every=True)
 
 
 def as_environment(environment: Environment | str | None) -> Environment:
@@ -316,4 +341,4 @@ def as_environment(environment: Environment | str | None) -> Environment:
 
 def last_decision() -> Decision | None:
     """The choice that the last `attention` call in this thread or async task ran. None before the first."""
-    return _last.get()
+    return execution.last.get()

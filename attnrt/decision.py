@@ -101,6 +101,7 @@ class Decision:
         verdicts: every backend's `Verdict`, by name.
         policy, line, evidence: the policy, which of its lines ranked the backends, and what that line rests on.
         overrides: what the user asked for, and what overrode what.
+        notices: what the policy left out of account, and why: figures of another version, a file that is damaged.
         simulated: made for an `Environment` written by hand, where nothing can run.
     """
 
@@ -115,6 +116,7 @@ class Decision:
     on_failure: str
     forced: str | None = None
     overrides: tuple[Override, ...] = ()
+    notices: tuple[str, ...] = ()
 
     @property
     def winner(self) -> Verdict | None:
@@ -136,7 +138,7 @@ class Decision:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in docs/report.schema.json."""
-        return {
+        found = {
             "schema": 1,
             "backend": self.backend,
             "kernel": self.kernel,
@@ -153,6 +155,7 @@ class Decision:
             ],
             "verdicts": [v.to_dict() for v in self.verdicts.values()],
         }
+        return found | {"notices": list(self.notices)} if self.notices else found
 
     def to_json(self, indent: int | None = 2) -> str:
         """The whole decision as JSON, of the schema in docs/report.schema.json."""

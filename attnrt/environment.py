@@ -6,7 +6,7 @@ Probed lazily and without importing any backend package; or written by hand with
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib import metadata
@@ -287,6 +287,12 @@ def _free_memory(device_type: str, index: int | None) -> int | None:
     return None
 
 
+on_forget: list[Callable[[], None]] = []
+"""Called when the machine and its packages are to be looked at again."""
+
+
 def forget() -> None:
     """Drop what was probed, so that the next call looks again."""
     _detect.cache_clear()
+    for also in on_forget:
+        also()

@@ -7,6 +7,8 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from attnrt.decision import Decision
 
 
@@ -68,16 +70,56 @@ class BackendFailed(AttnrtError, RuntimeError):
         super().__init__(message)
 
 
-class VerificationFailed(AttnrtError, RuntimeError):
-    """`ATTNRT_VERIFY=1` found a result that differs from the reference's. `report` holds the choice."""
+class GradientError(AttnrtError, RuntimeError):
+    """A gradient was asked for that no kernel computes, or that the forward was told not to prepare for."""
 
-    def __init__(self, message: str, report: Decision) -> None:
+
+class VerificationFailed(AttnrtError, RuntimeError):
+    """`ATTNRT_VERIFY=1` found a result that differs from the reference's. `report` holds the choice, `script` the path
+    of a script that shows it again (None if it could not be written)."""
+
+    def __init__(self, message: str, report: Decision, script: Path | None = None) -> None:
+        self.report, self.script = report, script
+        super().__init__(message)
+
+
+class IntegrationError(AttnrtError, RuntimeError):
+    """A library that attnrt was asked to plug into is absent, or of a version it does not know."""
+
+
+class ConfigError(AttnrtError, ValueError):
+    """A module's configuration is wrong; the message says every field that is, and of which file."""
+
+
+class MethodUnavailable(AttnrtError, RuntimeError):
+    """No way, or not the named one, of cutting a call across ranks can serve it. `report` holds every reason."""
+
+    def __init__(self, message: str, report: Any) -> None:
         self.report = report
         super().__init__(message)
 
 
+class RanksDisagree(AttnrtError, RuntimeError):
+    """Ranks that take part in one call differ in what they ask for, or one of them cannot take part; none of them ran.
+
+    Every rank raises it with the same text. `ranks` has what each one said.
+    """
+
+    def __init__(self, message: str, ranks: dict[int, str]) -> None:
+        self.ranks = ranks
+        super().__init__(message)
+
+
+class RankFailed(AttnrtError, RuntimeError):
+    """An exchange with the other ranks broke off or ran into the group's timeout. `__cause__` is torch's own error."""
+
+
 class DemotionWarning(RuntimeWarning):
     """A kernel failed, and, as the policy allows, the next candidate ran."""
+
+
+class PassThroughWarning(RuntimeWarning):
+    """`patch_sdpa` left a call, or a module, to PyTorch."""
 
 
 class AdvisoryWarning(RuntimeWarning):

@@ -151,7 +151,7 @@ _OURS = ("flash_attn",)
 
 
 def _check_backend(backend: Any, taken: dict[str, Backend]) -> None:
-    from attnrt.backends.base import FEATURE_NAMES, Backend
+    from attnrt.backends.base import FEATURE_NAMES, OPT_IN_NAMES, Backend
 
     if not isinstance(backend, Backend):
         raise ArgumentTypeError("backend", backend, "an instance of a subclass of attnrt.Backend is needed")
@@ -167,7 +167,8 @@ def _check_backend(backend: Any, taken: dict[str, Backend]) -> None:
     family = backend.family
     if family is not None and (not isinstance(family, str) or family in others or (family in _OURS and taken)):
         raise ArgumentError("backend.family", family, "is taken, or not a string; a name of its own is needed")
+    features = FEATURE_NAMES | OPT_IN_NAMES
     for kernel in backend.kernels:
-        if not isinstance(kernel.supports, (frozenset, set)) or (unknown := kernel.supports - FEATURE_NAMES):
+        if not isinstance(kernel.supports, (frozenset, set)) or (unknown := kernel.supports - features):
             wrong = kernel.supports if not isinstance(kernel.supports, (frozenset, set)) else sorted(unknown)
-            raise ArgumentError("backend.supports", wrong, f"a set of names is needed, out of {sorted(FEATURE_NAMES)}")
+            raise ArgumentError("backend.supports", wrong, f"a set of names is needed, out of {sorted(features)}")

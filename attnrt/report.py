@@ -77,6 +77,7 @@ def facts(decision: Decision) -> list[tuple[str, str]]:
         ("policy", f"{decision.line}; when a kernel fails, {_failure(decision)}"),
         ("evidence", decision.evidence),
     ]
+    found += [("notice", notice) for notice in decision.notices]
     return found + [("override", str(o)) for o in decision.overrides]
 
 

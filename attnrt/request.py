@@ -24,6 +24,7 @@ DTYPES = {
 }
 ITEMSIZE = {"fp8_e4m3": 1, "fp8_e5m2": 1, "fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
 LAYOUTS = ("bhsd", "bshd", "sbhd", "thd")
+PAGED_LAYOUTS = ("bshd", "bhsd")
 ALIGNMENTS = ("top_left", "bottom_right")
 _DTYPE_ALIASES = {str(d).removeprefix("torch."): name for d, name in DTYPES.items()} | {
     "half": "fp16",
@@ -82,11 +83,19 @@ class AttentionRequest:
     dropout_p: float = 0.0
     padded_q: bool = False
     padded_kv: bool = False
+    page_size: int | None = None
+    """Keys a page, where k and v are pools of pages; `seqlen_kv` is then the pages of a sequence times this."""
     same_lengths: bool = False
     """Padded or packed with the same lengths for queries and keys."""
     needs_grad: bool = False
+    """Something wants a gradient. Also set for every `attention` call with dropout: a checkpoint's pass without
+    gradients must meet the kernel, and so the random numbers, of the pass that repeats it."""
     needs_lse: bool = False
+    lse_backward: bool = False
+    """The backward starts from an output and LSE that were merged over more keys than these (ring attention)."""
     deterministic: bool = False
+    tf32: bool = False
+    """fp32 products may round their inputs to TF32's 10 bits: PyTorch's own switch for matmuls, on CUDA."""
     strides: Literal["contiguous", "strided", "last_dim"] = "contiguous"
     """Of q, k and v: contiguous in their layout; other strides with a contiguous last dim; last dim strided too."""
     aligned: bool = True
@@ -95,6 +104,9 @@ class AttentionRequest:
     """Some dim of q, k or v is expanded: stride 0, so no copy engine can address it."""
     capturing: bool = False
     compiled: bool = False
+    """Inside a graph that torch.compile or torch.export traced."""
+    dynamic: bool = False
+    """... with a size that varies from run to run, so the choice is made at run time, not when the graph is traced."""
 
     @property
     def packed(self) -> bool:
@@ -103,6 +115,11 @@ class AttentionRequest:
     @property
     def padded(self) -> bool:
         return self.padded_q or self.padded_kv
+
+    @property
+    def paged(self) -> bool:
+        """k and v are pools of pages, (pages in all, page_size, Hkv, D) in "bshd", and a table says whose is which."""
+        return self.page_size is not None
 
     @property
     def group(self) -> int:
@@ -176,17 +193,22 @@ class AttentionRequest:
             words.append(f"softcap={self.softcap:g}")
         if self.dropout_p:
             words.append(f"dropout={self.dropout_p:g}")
+        if self.page_size is not None:
+            words.append(f"pages={self.page_size}")
         flags = {
             "alibi": self.alibi is not None,
             "sinks": self.sinks,
             "padded": self.padded,
             "lse": self.needs_lse,
+            "lse_backward": self.lse_backward,
             "deterministic": self.deterministic,
+            "tf32": self.tf32,
             "strided": self.strides != "contiguous",
             "unaligned": not self.aligned,
             "expanded": self.expanded,
             "capturing": self.capturing,
             "compiled": self.compiled,
+            "dynamic": self.dynamic,
         }
         return words + [name for name, on in flags.items() if on]
 
@@ -216,6 +238,7 @@ class AttentionRequest:
         alignment: str | None = None,
         packed: bool = False,
         padded: bool | Literal["kv"] = False,
+        page_size: int | None = None,
         training: bool = False,
         mask: bool | tuple[int, ...] = False,
         bias: bool | tuple[int, ...] = False,
@@ -227,6 +250,7 @@ class AttentionRequest:
         scale: float | None = None,
         return_lse: bool = False,
         deterministic: bool = False,
+        tf32: bool = False,
         capturing: bool = False,
         compiled: bool = False,
     ) -> Self:
@@ -240,6 +264,9 @@ class AttentionRequest:
             mask, bias: True for the full (B, Hq, Sq, Skv) shape, or a shape broadcastable to it.
             bias_grad: the bias wants a gradient. padded: `seqlens_q` and `seqlens_kv` are given, or with "kv" only the
                 latter, as for a KV cache.
+            tf32: fp32 products may be made in TF32, as torch.set_float32_matmul_precision("high") allows.
+            page_size: keys a page of a paged KV cache, as `page_table` makes it. It brings `seqlens_kv` with it, and
+                `seqlen_kv` is whole pages.
 
         Raises:
             ArgumentError, ArgumentTypeError: a size, name or combination cannot be right.
@@ -255,7 +282,7 @@ class AttentionRequest:
         if padded != "kv":
             check_flag("padded", padded)
         flags = {"packed": packed, "training": training, "bias_grad": bias_grad, "alibi": alibi}
-        flags |= {"sinks": sinks, "return_lse": return_lse, "capturing": capturing, "compiled": compiled}
+        flags |= {"sinks": sinks, "return_lse": return_lse, "tf32": tf32, "capturing": capturing, "compiled": compiled}
         for name, flag in flags.items():
             check_flag(name, flag)
         layout = check_layout(("thd" if packed else "bshd") if layout is None else layout)
@@ -263,10 +290,21 @@ class AttentionRequest:
             raise ArgumentError("layout", layout, "packed sequences have layout 'thd', and only they do")
         if packed and padded:
             raise ArgumentError("padded", padded, "a packed batch has no padding; use one of packed and padded")
+        if page_size is not None:
+            check_size("page_size", page_size, at_least=1)
+            check_paged_layout("page_size", page_size, layout)
+            if training:
+                raise ArgumentError("training", training, "a paged KV cache has no backward: leave page_size out")
+            if seqlen_kv % page_size:
+                whole = -(-seqlen_kv // page_size) * page_size
+                raise ArgumentError("seqlen_kv", seqlen_kv, f"is whole pages of page_size={page_size}: {whole}")
+            padded = padded or "kv"
         full = (batch, heads_q, seqlen_q, seqlen_kv)
         if bias_grad and not bias:
             raise ArgumentError("bias_grad", bias_grad, "there is no bias; pass bias=True or its shape")
         name = dtype_name(dtype)
+        if tf32 and name != "fp32":
+            raise ArgumentError("tf32", tf32, f"only fp32 products can be rounded to TF32, and dtype is {name}")
         return cls.build(
             dtype=name,
             layout=layout,
@@ -291,11 +329,13 @@ class AttentionRequest:
             dropout_p=dropout_p,
             padded_q=padded is True,
             padded_kv=bool(padded),
+            page_size=page_size,
             same_lengths=(packed or padded is True) and seqlen_q == seqlen_kv,
             needs_grad=training,
             needs_lse=return_lse,
             deterministic=deterministic,
             scale=scale,
+            tf32=tf32,
             capturing=capturing,
             compiled=compiled,
         )
@@ -404,6 +444,12 @@ def check_layout(layout: Any) -> str:
     if not isinstance(layout, str) or layout not in LAYOUTS:
         raise UnknownNameError("layout", layout, LAYOUTS)
     return str(layout)
+
+
+def check_paged_layout(name: str, value: Any, layout: str) -> None:
+    if layout not in PAGED_LAYOUTS:
+        pools = "'bshd' (num_pages, page_size, Hkv, D) or 'bhsd' (num_pages, Hkv, page_size, D)"
+        raise ArgumentError(name, value, f"layout={layout!r} has no pages: k and v are pools, {pools}")
 
 
 def check_window(window: Any) -> tuple[int | None, int | None] | None:

@@ -4,27 +4,43 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.utils.checkpoint as _checkpoint
 from torch import Tensor
 
 from attnrt import registry
-from attnrt.decision import Decision
+from attnrt.backends.base import Reason
+from attnrt.decision import Decision, Verdict
 from attnrt.environment import Environment, forget
 from attnrt.errors import AdvisoryWarning, AttnrtError, BackendFailed, BackendUnavailable, DemotionWarning
 from attnrt.operands import Operands, bind
+from attnrt.pins import Pin, pinned
 from attnrt.report import text
 from attnrt.request import AttentionRequest
 from attnrt.selector import select
-from attnrt.settings import Context, Settings, check_policy, current_context, environ_values, resolve
+from attnrt.settings import (
+    ENCODED,
+    Context,
+    Settings,
+    check_policy,
+    current_context,
+    environ_keys,
+    environ_values,
+    resolve,
+)
 
 if TYPE_CHECKING:
-    from attnrt.backends.base import Run
+    from attnrt.backends.base import Kernel, Run
     from attnrt.variables import Variables
 
+_OURS = frozenset(ENCODED)
+Failed = Mapping[str, Reason]
+"""Backends that cannot serve a call, because they failed in it or before."""
 MAX_PLANS = 4096
 MAX_DEMOTED = 1024
 BIG = 64 << 20
@@ -32,12 +48,16 @@ BIG = 64 << 20
 
 
 class Plan:
-    """A decision with the call that carries it out. `watched`: something has to happen besides running it."""
+    """A decision with the call that carries it out. `watched`: something has to happen besides running it.
 
-    __slots__ = ("decision", "run", "verify", "watched")
+    `halves`: the same call as a forward and a backward, once an operator has asked for them.
+    """
 
-    def __init__(self, decision: Decision, run: Run, watched: bool, verify: bool) -> None:
-        self.decision, self.run, self.watched, self.verify = decision, run, watched, verify
+    __slots__ = ("decision", "halves", "kernel", "run", "verify", "watched")
+
+    def __init__(self, decision: Decision, kernel: Kernel, run: Run, watched: bool, verify: bool) -> None:
+        self.decision, self.kernel, self.run, self.watched, self.verify = decision, kernel, run, watched, verify
+        self.halves: Any = None
 
 
 plans: dict[Any, Plan] = {}
@@ -56,7 +76,14 @@ class Seen:
 
 
 seen = Seen()
-_demoted: dict[tuple[AttentionRequest, str], dict[str, str]] = {}
+on_refresh: list[Callable[[], None]] = []
+"""Called by `refresh`, for what is remembered elsewhere."""
+_NOT_THE_KERNELS = (
+    _checkpoint.CheckpointError,
+    getattr(_checkpoint, "_StopRecomputationError", _checkpoint.CheckpointError),
+)
+"""Raised through a kernel by torch.utils.checkpoint's hooks on the tensors it saves: an early stop, not a failure."""
+_demoted: dict[tuple[AttentionRequest, str], dict[str, Reason]] = {}
 _announced: set[tuple[AttentionRequest, str | None]] = set()
 _warned: set[str] = set()
 _lock = Lock()
@@ -78,6 +105,11 @@ def variables() -> Variables:
             _settings.cache_clear()
             seen.variables, seen.values, seen.quiet = known, values, not any(v is not None for v in values)
     return known
+
+
+def variables_are_known() -> bool:
+    """They are as they were last parsed. For the path of every call."""
+    return environ_keys.isdisjoint(_OURS) if seen.quiet else environ_values() == seen.values
 
 
 def _forget_choices() -> None:
@@ -103,16 +135,32 @@ def settings(backend: Any, policy: Any) -> Settings:
 
 
 def decide(
-    q: Any, k: Any, v: Any, operands: Operands, *, backend: Any, policy: Any, deterministic: Any, **options: Any
+    q: Any,
+    k: Any,
+    v: Any,
+    operands: Operands,
+    *,
+    backend: Any,
+    policy: Any,
+    deterministic: Any,
+    pin: Pin | None = None,
+    failed: Failed | None = None,
+    every: bool = False,
+    **options: Any,
 ) -> Decision:
-    """Check the call and choose for it; run nothing. `cast`: the dtype that autocast would give q, k and v."""
+    """Check the call and choose for it; run nothing.
+
+    Args:
+        pin: what a graph holds as its choice. failed: backends that ran out of memory in this call.
+        every: ask every eligible kernel's library for its own word, not the winner's alone. options: what `bind` takes.
+    """
     chosen = settings(backend, policy)
     deterministic = wants_determinism(deterministic, chosen)
     request = bind(q, k, v, operands, deterministic=deterministic, **options)
     environment = Environment.detect(q.device)
     if request.scores * 4 > BIG:
         environment = environment.with_free_memory()
-    return choose(request, environment, chosen)
+    return choose(request, environment, chosen, pin, failed, every)
 
 
 def wants_determinism(argument: Any, chosen: Settings) -> Any:
@@ -123,33 +171,76 @@ def wants_determinism(argument: Any, chosen: Settings) -> Any:
     return by_policy or variables().deterministic or torch.are_deterministic_algorithms_enabled()
 
 
-def choose(request: AttentionRequest, environment: Environment, chosen: Settings) -> Decision:
-    demoted = None if environment.simulated else _demoted.get((request, environment.name))
-    return select(request, environment, chosen, registry.backends(), demoted)
+def choose(
+    request: AttentionRequest,
+    environment: Environment,
+    chosen: Settings,
+    pin: Pin | None = None,
+    failed: Failed | None = None,
+    every: bool = False,
+) -> Decision:
+    """The choice, once the winner's library (on a machine that is here; with `every`, each eligible one's) agrees."""
+    backends = registry.backends()
+    if environment.simulated:
+        return pinned(select(request, environment, chosen, backends), pin, chosen)
+    refused = {**_demoted.get((request, environment.name), {}), **(failed or {})}
+    answers: dict[str, tuple[Reason, ...]] = {}
+    while True:
+        decision = pinned(select(request, environment, chosen, backends, refused, answers), pin, chosen)
+        verdicts = decision.verdicts.values() if every else (decision.winner,)
+        asked = [v for v in verdicts if v is not None and v.eligible and _name(v) not in answers]
+        for verdict in asked:
+            answers[_name(verdict)] = kernel_of(verdict).answer(request, environment)
+        if not any(answers[_name(v)] for v in asked):
+            return decision
 
 
-def plan(key: Any, q: Any, k: Any, v: Any, operands: Operands, options: dict[str, Any]) -> Plan:
-    """Choose and prepare, and remember it under `key` (None: do not).
+def _name(verdict: Verdict) -> str:
+    return f"{verdict.backend}.{verdict.kernel}" if verdict.kernel else verdict.backend
+
+
+def kernel_of(verdict: Verdict) -> Kernel:
+    """The kernel that an eligible verdict means."""
+    backend = registry.backends()[verdict.backend]
+    return next((k for k in backend.kernels if k.name == verdict.kernel), backend)
+
+
+def plan(
+    key: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    operands: Operands,
+    options: dict[str, Any],
+    failed: Failed | None = None,
+) -> Plan:
+    """Choose and prepare, and remember it under `key` (None: do not; nor where something `failed` in this call only).
 
     Raises:
         BackendUnavailable: nothing, or not the forced backend, can serve the call. BackendFailed: it cannot start.
     """
     while True:
-        decision = decide(q, k, v, operands, **options)
+        decision = decide(q, k, v, operands, failed=failed, **options)
+        chosen = settings(options["backend"], options["policy"])
+        if chosen.policy is not None and chosen.policy.measures:
+            from attnrt.evidence.on_call import measure_once
+
+            if measure_once(decision.request, decision.environment, chosen, q, k, v, operands):
+                decision = decide(q, k, v, operands, failed=failed, **options)
         if decision.backend is None:
             raise BackendUnavailable(text(decision), decision)
-        backend = registry.backends()[decision.backend]
-        kernel = next((n for n in backend.kernels if n.name == decision.kernel), backend)
+        assert decision.winner is not None
+        kernel = kernel_of(decision.winner)
         try:
             run = kernel.prepare(decision.request, decision.environment)
             break
         except Exception as error:
-            demote(error, decision)
+            failed = {**(failed or {}), **demote(error, decision)}
     values = variables()
     guarded = decision.winner is not None and decision.winner.quadratic_bytes > BIG
-    made = Plan(decision, run, guarded or values.report != "off" or values.verify, values.verify)
+    made = Plan(decision, kernel, run, guarded or values.report != "off" or values.verify, values.verify)
     _warn_of_advisories(decision)
-    if key is not None:
+    if key is not None and not failed:
         remember(key, made)
     return made
 
@@ -162,13 +253,16 @@ def remember(key: Any, made: Plan) -> None:
         plans[key] = made
 
 
-def demote(error: Exception, decision: Decision) -> None:
+def demote(error: Exception, decision: Decision) -> Failed:
     """Record that the chosen kernel failed, if the policy goes on to the next; raise if it does not.
+
+    Returns:
+        What failed in this call only: memory that ran out may be there at the next call, so that is not remembered.
 
     Raises:
         BackendFailed: the policy says `on_failure: raise`, or the backend was forced.
     """
-    if isinstance(error, AttnrtError):
+    if isinstance(error, (AttnrtError, *_NOT_THE_KERNELS)):
         raise error
     summary = f"{decision.label} failed: {type(error).__name__}: {error}"
     if decision.forced or decision.on_failure != "next":
@@ -180,27 +274,42 @@ def demote(error: Exception, decision: Decision) -> None:
         )
         raise BackendFailed(f"{summary} ({remedy}); the call was {decision.request.describe()}", decision) from error
     assert decision.backend is not None
+    said = f"{type(error).__name__}: {error}"
+    if isinstance(error, torch.OutOfMemoryError):
+        warnings.warn(f"attnrt: {summary}; trying the next backend in this call", DemotionWarning, stacklevel=4)
+        reason = Reason("OUT_OF_MEMORY", f"it ran out of memory in this call: {said}", "free some; the next call tries")
+        return {decision.backend: reason}
     with _lock:
         if len(_demoted) >= MAX_DEMOTED:
             _demoted.clear()
-        _demoted.setdefault((decision.request, decision.environment.name), {})[decision.backend] = (
-            f"{type(error).__name__}: {error}"
+        _demoted.setdefault((decision.request, decision.environment.name), {})[decision.backend] = Reason(
+            "DEMOTED", f"it failed for this request: {said}", "attnrt.refresh() forgets demotions"
         )
         for key in [key for key, made in plans.items() if made.decision.request == decision.request]:
             del plans[key]
     warnings.warn(f"attnrt: {summary}; trying the next backend", DemotionWarning, stacklevel=4)
+    return {}
 
 
-def examine(made: Plan, q: Tensor, k: Tensor, v: Tensor, operands: Operands, options: dict[str, Any]) -> Plan:
+def examine(
+    made: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: Operands,
+    options: dict[str, Any],
+    failed: Failed | None = None,
+) -> Plan:
     """Before a watched plan runs: look at its room anew if it takes memory as large as the scores, announce it, verify
     it. Returns the plan to run, which is another one for this call if there is no room now."""
     winner = made.decision.winner
     assert winner is not None
     if winner.quadratic_bytes > BIG:
         chosen = settings(options["backend"], options["policy"])
-        again = choose(made.decision.request, made.decision.environment.with_free_memory(), chosen)
+        environment = made.decision.environment.with_free_memory()
+        again = choose(made.decision.request, environment, chosen, options.get("pin"), failed)
         if again.label != made.decision.label:
-            made = plan(None, q, k, v, operands, options)
+            made = plan(None, q, k, v, operands, options, failed)
     announce(made.decision)
     if made.verify:
         from attnrt.verify import check
@@ -244,6 +353,8 @@ def refresh() -> None:
 
     forget()
     forget_policies()
+    for also in on_refresh:
+        also()
     with _lock:
         plans.clear()
         _demoted.clear()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 
 class _Strict(BaseModel):
@@ -70,6 +70,15 @@ class ReportModel(_Strict):
     environment: dict[str, Any]
     overrides: list[OverrideModel]
     verdicts: list[VerdictModel] = Field(description="In order of rank.")
+    notices: list[str] = Field(
+        default=[], description="What the policy left out of account, and why; absent if nothing."
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """`notices` is left out where there is none, as a report leaves it out."""
+        found: dict[str, Any] = fields(self)
+        return found if self.notices else {name: value for name, value in found.items() if name != "notices"}
 
 
 def schema_json() -> str:

@@ -9,6 +9,7 @@ from attnrt.advisories import Advisory, matching
 from attnrt.backends.base import Backend, Kernel, Reason, reasons
 from attnrt.decision import Decision, Verdict, Verdicts
 from attnrt.environment import GIB, Environment
+from attnrt.policies.base import informed
 from attnrt.request import AttentionRequest
 from attnrt.settings import Settings
 
@@ -17,8 +18,10 @@ RULES = {
     "DISABLED": "The user turned the backend, its family or its kernel off.",
     "NOT_IN_POLICY": "The policy does not list the backend.",
     "DEMOTED": "The kernel failed for this request earlier, and the policy says `on_failure: next`.",
+    "OUT_OF_MEMORY": "The kernel ran out of memory in this very call, and the policy says `on_failure: next`.",
     "UNFUSED_MEMORY": "The kernel holds the whole score matrix, which would not fit in memory.",
     "WORKSPACE_MEMORY": "The kernel is fused, but its workspace is as large as the scores here, and would not fit.",
+    "MEASURED_WRONG": "`attnrt tune` compared its output with float64 for calls like this one, and it differed.",
 }
 """Reasons that come from the choice itself, not from a backend's rules."""
 
@@ -28,20 +31,24 @@ def select(
     environment: Environment,
     settings: Settings,
     backends: Mapping[str, Backend],
-    demoted: Mapping[str, str] | None = None,
+    demoted: Mapping[str, Reason] | None = None,
+    answers: Mapping[str, tuple[Reason, ...]] | None = None,
 ) -> Decision:
     """Give every backend a verdict with all its reasons, and choose the first eligible one in the order in force.
 
     Args:
-        settings: what the user overrides, with the policy. demoted: backends that failed for this request, and how.
+        settings: what the user overrides, with the policy. demoted: backends that failed for this request.
+        answers: what libraries said of it themselves, by backend, or "backend.kernel" where it has several.
     """
     policy = settings.policy
     assert policy is not None
-    ranking = policy.rank(request, environment)
+    ranking = informed(policy.rank(request, environment))
     order = _order(ranking.order, settings.prefer, backends)
     verdicts = Verdicts(
         tuple(
-            judge(backend, request, environment, settings, order, (demoted or {}).get(name))
+            judge(
+                backend, request, environment, settings, order, (demoted or {}).get(name), dict(ranking.wrong), answers
+            )
             for name, backend in backends.items()
         )
     )
@@ -54,11 +61,12 @@ def select(
         why=_why(winner, verdicts, settings, ranking.line),
         evidence=ranking.why,
         verdicts=verdicts,
-        policy=policy.name,
+        policy=ranking.policy or policy.name,
         line=ranking.line,
         on_failure=policy.on_failure,
         forced=settings.force_name,
         overrides=settings.overrides,
+        notices=ranking.notices,
     )
 
 
@@ -68,12 +76,16 @@ def judge(
     environment: Environment,
     settings: Settings,
     order: Mapping[str, int],
-    demoted: str | None,
+    demoted: Reason | None,
+    wrong: Mapping[str, str] | None = None,
+    answers: Mapping[str, tuple[Reason, ...]] | None = None,
 ) -> Verdict:
     """One backend's verdict. Depends on no other backend, except that the settings may name it.
 
     Args:
         order: rank by backend name, and by "backend.kernel" where a policy ranks one kernel by itself.
+        wrong: kernels that were found to give wrong results for calls like this, by the same names, and how.
+        answers: what their libraries said, by the same names.
     """
     refused: list[Reason] = []
     if not backend.built and not environment.simulated:
@@ -83,16 +95,20 @@ def judge(
     if source := settings.disabled_by(backend.name):
         refused.append(Reason("DISABLED", f"turned off by {source}", "lift it, or force it with backend="))
     if demoted is not None:
-        refused.append(
-            Reason("DEMOTED", f"it failed for this request: {demoted}", "attnrt.refresh() forgets demotions")
-        )
+        refused.append(demoted)
     refused += reasons(backend.all_rules, request, environment)
     chosen: Kernel | None = None
     passed_over: list[Reason] = []
     warnings: tuple[Advisory, ...] = ()
     candidates = [k for k in backend.kernels if k.runs_on(environment)] or list(backend.kernels)
+    # A policy may rank a backend's kernels otherwise than the backend does; the sort is stable.
+    candidates.sort(key=lambda k: len(order) if (place := _rank(order, backend, k)) is None else place)
     for kernel in candidates:
-        against, warnings = _kernel_reasons(backend, kernel, request, environment, settings)
+        against, warnings = kernel_reasons(backend, kernel, request, environment, settings)
+        name = _kernel_name(backend, kernel)
+        if wrong and name in wrong:
+            against.append(Reason("MEASURED_WRONG", wrong[name], "fix it and run `attnrt tune --again`"))
+        against += (answers or {}).get(name, ())
         if not against:
             chosen = kernel
             break
@@ -100,8 +116,8 @@ def judge(
     if chosen is None:
         refused += passed_over
     shown = chosen or candidates[-1]
-    name = chosen.name if chosen is not None and chosen is not backend else None
-    rank = order.get(f"{backend.name}.{name}", order.get(backend.name))
+    label = chosen.name if chosen is not None and chosen is not backend else None
+    rank = order.get(backend.name) if chosen is None else _rank(order, backend, chosen)
     if rank is None and chosen is None:
         rank = min((i for entry, i in order.items() if entry.startswith(f"{backend.name}.")), default=None)
     if rank is None and backend.name not in settings.force:
@@ -114,7 +130,7 @@ def judge(
         backend=backend.name,
         eligible=eligible,
         reasons=tuple(refused),
-        kernel=name if eligible else None,
+        kernel=label if eligible else None,
         fused=shown.fused,
         bytes=shown.bytes(request, environment),
         quadratic_bytes=shown.quadratic_bytes(request, environment),
@@ -125,9 +141,20 @@ def judge(
     )
 
 
-def _kernel_reasons(
+def _kernel_name(backend: Backend, kernel: Kernel) -> str:
+    """As policies write it: "torch.flash_cpu", or the backend's name if it has no other kernel."""
+    return backend.name if kernel is backend else f"{backend.name}.{kernel.name}"
+
+
+def _rank(order: Mapping[str, int], backend: Backend, kernel: Kernel) -> int | None:
+    """A kernel's place by its own name or its backend's, whichever comes first; None if neither is listed."""
+    return min((order[n] for n in (_kernel_name(backend, kernel), backend.name) if n in order), default=None)
+
+
+def kernel_reasons(
     backend: Backend, kernel: Kernel, request: AttentionRequest, environment: Environment, settings: Settings
 ) -> tuple[list[Reason], tuple[Advisory, ...]]:
+    """(reasons against one kernel beyond its backend's own rules, known defects that only warn)."""
     against: list[Reason] = []
     if kernel is not backend:
         if source := settings.disabled_by(f"{backend.name}.{kernel.name}"):

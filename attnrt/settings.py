@@ -7,14 +7,17 @@ a forced backend runs or the call raises; a preferred one goes first if it is el
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from attnrt import registry
-from attnrt.errors import ArgumentTypeError
+from attnrt.errors import ArgumentTypeError, UnknownNameError
 
 if TYPE_CHECKING:
     from attnrt.policies.base import Policy
@@ -38,18 +41,65 @@ class Context:
     prefer: tuple[str, ...] | None = None
     disable: tuple[str, ...] = ()
     policy: PolicySpec = None
+    words: str = ""
+    """The same as text, by which a traced graph holds a block that was opened inside it."""
 
 
 @lru_cache(maxsize=1024)
 def _context_of(
     backend: str | None, lifted: bool, prefer: tuple[str, ...] | None, disable: tuple[str, ...], policy: PolicySpec
 ) -> Context:
-    return Context(backend, lifted, prefer, disable, policy)
+    # repr tells an empty preference from none, and a policy's name from a policy.
+    named = policy if policy is None or isinstance(policy, str) else f"{type(policy).__name__}#{id(policy):x}"
+    said = {"backend": None if backend is None and lifted else backend or "", "prefer": prefer, "policy": named}
+    off = {"backend": "", "prefer": None, "policy": None}
+    words = [f"{name}={value!r}" for name, value in said.items() if value != off[name]]
+    words += [f"disable={disable!r}"] if disable else []
+    if backend is not None and lifted:
+        words.append("lifted")
+    made = Context(backend, lifted, prefer, disable, policy, " ".join(words))
+    _by_words[made.words] = made
+    return made
 
 
+_by_words: dict[str, Context] = {}
 NO_CONTEXT = _context_of(None, False, None, (), None)
 _context: ContextVar[Context] = ContextVar("attnrt_context", default=NO_CONTEXT)
 current_context = _context.get
+_dynamo = torch.compiler.is_dynamo_compiling
+traced_blocks: list[str] = []
+"""The words of the blocks open in the code that dynamo is tracing, which cannot set a ContextVar. Empty otherwise."""
+
+
+def _words_of(backend: str | None, prefer: Any, disable: Any, policy: PolicySpec, lifted: bool) -> str:
+    """Checked and registered while a graph is traced."""
+    block = use_backend(None) if lifted else override(backend=backend, prefer=prefer, disable=disable, policy=policy)
+    return block._changes.words
+
+
+_words_of._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see tracing.constant
+
+
+@contextmanager
+def reentered(blocks: str) -> Iterator[None]:
+    """Inside the blocks that a graph was traced in, as `BETWEEN` joins their words, within those open now.
+
+    Raises:
+        UnknownNameError: a graph from another process has blocks that this one does not know.
+    """
+    context = _context.get()
+    for words in blocks.split(BETWEEN) if blocks else ():
+        if words not in _by_words:
+            raise UnknownNameError("overrides", words, _by_words)
+        context = _inner(context, _by_words[words])
+    token = _context.set(context)
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+BETWEEN = " > "
 
 
 class override:
@@ -70,6 +120,9 @@ class override:
         disable: str | Iterable[str] = (),
         policy: PolicySpec = None,
     ) -> None:
+        if _dynamo():
+            self._words = _words_of(backend, prefer, disable, policy, False)
+            return
         if backend is not None:
             registry.check_name("backend", backend)
         check_policy("policy", policy)
@@ -81,20 +134,32 @@ class override:
             policy,
         )
         self._tokens: list[Token[Context]] = []
+        self._words = self._changes.words
 
     def __enter__(self) -> None:
+        if _dynamo():
+            traced_blocks.append(self._words)
+            return
         self._tokens.append(_context.set(_inner(_context.get(), self._changes)))
 
     def __exit__(self, *exc: object) -> None:
+        if _dynamo():
+            traced_blocks.pop()
+            return
         _context.reset(self._tokens.pop())
 
     def __call__(self, function: Any) -> Any:
         from functools import wraps
 
-        changes = self._changes
+        changes, words = self._changes, self._words
 
         @wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if _dynamo():
+                traced_blocks.append(words)
+                result = function(*args, **kwargs)
+                traced_blocks.pop()
+                return result
             token = _context.set(_inner(_context.get(), changes))
             try:
                 return function(*args, **kwargs)
@@ -110,7 +175,11 @@ class use_backend(override):
     def __init__(self, backend: str | None) -> None:
         super().__init__(backend=backend)
         if backend is None:
+            if _dynamo():
+                self._words = _words_of(None, None, (), None, True)
+                return
             self._changes = _context_of(None, True, None, (), None)
+            self._words = self._changes.words
 
 
 @lru_cache(maxsize=1024)
@@ -193,8 +262,6 @@ def resolve(argument_backend: Any, argument_policy: PolicySpec, context: Context
     Raises:
         UnknownNameError: a name that does not exist. PolicyError: a policy file that is wrong.
     """
-    from attnrt.policies.preference import load_policy
-
     forces: list[tuple[int, str, str]] = []
     if argument_backend is not None:
         registry.check_name("backend", argument_backend)
@@ -248,7 +315,7 @@ def resolve(argument_backend: Any, argument_policy: PolicySpec, context: Context
         overrides.append(
             Override("policy", str(getattr(spec, "name", spec)), source, None if i == 0 else policies[0][1])
         )
-    spec, policy_source = policies[0] if policies else ("default", "")
+    spec, policy_source = policies[0] if policies else (None, "")
     if variables.deterministic:
         overrides.append(Override("deterministic", "True", "NVTE_ALLOW_NONDETERMINISTIC_ALGO=0"))
     if variables.unfused_limit is not None:
@@ -261,11 +328,35 @@ def resolve(argument_backend: Any, argument_policy: PolicySpec, context: Context
         prefer=prefer,
         prefer_source=prefer_source if prefer else "",
         disabled=tuple((name, source) for name, (_, source) in switched_off.items()),
-        policy=load_policy(spec, registry.rankable()),
+        policy=_policy(spec, variables),
         policy_source=policy_source,
         unfused_limit=variables.unfused_limit,
         overrides=tuple(overrides),
     )
+
+
+def _policy(spec: PolicySpec, variables: Variables) -> Policy:
+    """The policy that was asked for; if none was, the tuned one of this machine, or the default."""
+    from attnrt.policies.preference import MEASURED, load_policy
+
+    measured = isinstance(spec, str) and spec in MEASURED
+    if not measured and (spec is not None or (not os.path.isdir(variables.cache_dir / "tuned") and not _in_a_job())):
+        return load_policy("default" if spec is None else spec, registry.rankable())
+    from attnrt.evidence.store import tuned_policy
+
+    static = load_policy("default", registry.rankable())
+    if spec == "measure":
+        from attnrt.evidence.on_call import measuring_policy
+
+        return measuring_policy(variables.cache_dir, static)
+    return tuned_policy(variables.cache_dir, static, automatic=spec is None)
+
+
+def _in_a_job() -> bool:
+    """Other ranks may have a tuned policy where this one has none."""
+    from torch import distributed
+
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 _environ: dict[Any, Any] = getattr(os.environ, "_data", {})

@@ -18,7 +18,7 @@ VALUES = {
     "ATTNRT_BACKEND": "one backend or family name; it runs or the call raises",
     "ATTNRT_PREFER": "comma list of names, tried first in that order",
     "ATTNRT_DISABLE": "comma list of names, families or kernels such as torch.cudnn",
-    "ATTNRT_POLICY": "default, deterministic, no_vendor, or the path of a YAML file",
+    "ATTNRT_POLICY": "default, deterministic, no_vendor, tuned, measure, or the path of a YAML file",
     "ATTNRT_REPORT": "off, once or each",
     "ATTNRT_CACHE_DIR": "a directory",
     "ATTNRT_UNFUSED_LIMIT": "bytes such as 8GiB, 0 (never unfused) or unlimited",
@@ -79,10 +79,10 @@ class Variables(BaseSettings):
     @field_validator("policy")
     @classmethod
     def _policy(cls, value: str | None) -> str | None:
-        from attnrt.policies.preference import builtin_policies, is_path
+        from attnrt.policies.preference import is_path, policy_names
 
-        if value is not None and not is_path(value) and value not in builtin_policies():
-            raise UnknownNameError("ATTNRT_POLICY", value, builtin_policies())
+        if value is not None and not is_path(value) and value not in policy_names():
+            raise UnknownNameError("ATTNRT_POLICY", value, policy_names())
         return value
 
     @field_validator("unfused_limit", mode="before")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from attnrt.environment import Environment
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from attnrt.operands import Operands
 
     Run = Callable[[Tensor, Tensor, Tensor, Operands], Any]
+    Forward = Callable[[Tensor, Tensor, Tensor, Operands], tuple[Tensor, Tensor, tuple[Tensor, ...]]]
+    Backward = Callable[..., list[Tensor | None]]
 """`run(q, k, v, operands)` in the request's layout returns the output, or (output, lse) if the request asks for it."""
 
 
@@ -95,6 +98,8 @@ class Feature(NamedTuple):
     name: str
     used: Callable[[AttentionRequest], bool]
     phrase: str
+    opt_in: bool = False
+    """Not in `FEATURE_NAMES`: k and v have another meaning, so a kernel must name it to be given such a call."""
 
 
 FEATURES = (
@@ -113,15 +118,19 @@ FEATURES = (
     Feature("dropout", lambda r: r.dropout_p > 0, "dropout"),
     Feature("padding", lambda r: r.padded, "padding by seqlens"),
     Feature("packed", lambda r: r.packed, "packed sequences (layout 'thd')"),
+    Feature("paged", lambda r: r.paged, "keys and values in pages (page_table)", opt_in=True),
     Feature("empty", lambda r: r.empty, "a call without any query or key"),
     Feature("lse", lambda r: r.needs_lse, "the log-sum-exp as an output"),
     Feature("backward", lambda r: r.needs_grad, "gradients"),
+    Feature("lse_backward", lambda r: r.lse_backward, "a backward from a merged output and LSE (ring)", opt_in=True),
     Feature("deterministic", lambda r: r.deterministic and r.needs_grad, "a deterministic backward"),
     Feature("strided_last_dim", lambda r: r.strides == "last_dim", "a last dim that is not contiguous"),
     Feature("unaligned", lambda r: not r.aligned, "pointers or strides that are not multiples of 16 bytes"),
     Feature("cuda_graph", lambda r: r.capturing, "CUDA-graph capture"),
 )
-FEATURE_NAMES = frozenset(f.name for f in FEATURES)
+FEATURE_NAMES = frozenset(f.name for f in FEATURES if not f.opt_in)
+OPT_IN_NAMES = frozenset(f.name for f in FEATURES if f.opt_in)
+"""Added as `supports = FEATURE_NAMES | {"paged"}`, by a backend and by those of its kernels that take it."""
 
 
 def _uses(feature: Feature) -> Callable[[AttentionRequest, Environment], bool]:
@@ -130,8 +139,10 @@ def _uses(feature: Feature) -> Callable[[AttentionRequest, Environment], bool]:
 
 def feature_rules(prefix: str, title: str, supports: frozenset[str]) -> tuple[Rule, ...]:
     """One rule for each feature that is not in `supports`."""
-    if unknown := supports - FEATURE_NAMES:
-        raise ValueError(f"{prefix}: unknown features {sorted(unknown)}; valid are {sorted(FEATURE_NAMES)}")
+    if unknown := supports - FEATURE_NAMES - OPT_IN_NAMES:
+        raise ValueError(
+            f"{prefix}: unknown features {sorted(unknown)}; valid are {sorted(FEATURE_NAMES | OPT_IN_NAMES)}"
+        )
     return tuple(
         Rule(f"{prefix}_{f.name.upper()}", _uses(f), f"{title} does not take {f.phrase}")
         for f in FEATURES
@@ -154,6 +165,8 @@ class Kernel:
     rules: ClassVar[tuple[Rule, ...]] = ()
     fused: ClassVar[bool] = True
     """False if it holds the whole score matrix in memory."""
+    compiles: ClassVar[bool] = False
+    """The first call of each kind compiles or builds something, which `attnrt warmup` can do ahead."""
 
     def runs_on(self, environment: Environment) -> bool:
         """Whether it is meant for this kind of device at all; if not, a backend's other kernels are looked at alone."""
@@ -175,9 +188,35 @@ class Kernel:
         """What the kernel does to serve the request that a user may want to know, such as a copy."""
         return ()
 
+    def disk_cache(self) -> Path | None:
+        """The folder in which it keeps what it compiles, there or not yet; None if it keeps nothing."""
+        return None
+
+    def answer(self, request: AttentionRequest, environment: Environment) -> tuple[Reason, ...]:
+        """What the library itself has against a request that the rules accept; () if nothing.
+
+        Asked on the machine that is here only, before `prepare`, and again for every choice: keep what it says.
+        """
+        return ()
+
     def prepare(self, request: AttentionRequest, environment: Environment) -> Run:
         """The call for every tensor set that matches the request. Import the package here, not before."""
         raise RuntimeError(f"{self.name} has no adapter in this release")
+
+    def pair(self, request: AttentionRequest, environment: Environment) -> tuple[Forward, Backward]:
+        """The call as two plain functions, called with gradients off, for whoever stands between them and autograd.
+
+        `forward(q, k, v, operands) -> (out, lse, extra)`: the LSE is as `return_lse` gives it (float64 for fp64), and
+        `extra` are further tensors that the backward needs, such as a seed.
+        `backward(grad, q, k, v, out, lse, extra, operands, wanted) -> [dq, dk, dv, dbias, dsinks]`: `wanted` has five
+        flags, and what is not wanted may be None. A kernel with the feature "lse_backward" takes `out` and `lse` that
+        were merged over more keys than k and v hold, and gives these keys' share of the gradients.
+
+        Raises:
+            NotImplementedError: there is no such pair for this request. Compiled graphs then run `prepare`'s call
+            forward again in the backward.
+        """
+        raise NotImplementedError(f"{self.title} has no backward of its own")
 
 
 class Backend(Kernel):

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnrt.backends.base import FEATURE_NAMES, Backend, Rule
+from attnrt.backends.base import FEATURE_NAMES, OPT_IN_NAMES, Backend, Rule
 from attnrt.environment import Environment
 from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
 
 if TYPE_CHECKING:
-    from attnrt.backends.base import Run
+    from attnrt.backends.base import Backward, Forward, Run
 
 INFERENCE_SCORES = 1
 """Score-sized float tensors alive at the peak of a forward: the scores, which become the probabilities in place."""
@@ -41,7 +41,7 @@ class Reference(Backend):
     title = "the reference"
     prefix = "REFERENCE"
     fused = False
-    supports = FEATURE_NAMES
+    supports = FEATURE_NAMES | OPT_IN_NAMES
     rules = (
         Rule(
             "REFERENCE_DTYPE",
@@ -77,6 +77,13 @@ class Reference(Backend):
 
         return run
 
+    def pair(self, request: AttentionRequest, environment: Environment) -> tuple[Forward, Backward]:
+        from attnrt.backends.reference_pair import pair
+
+        if request.dropout_p:
+            raise NotImplementedError("the reference keeps no dropout mask: its forward has to run again")
+        return pair(request)
+
 
 def _linear(r: AttentionRequest, wide: int) -> int:
     """Copies of q, k, v and the output in the wide dtype, the output itself, and for a backward the gradients."""
@@ -84,45 +91,66 @@ def _linear(r: AttentionRequest, wide: int) -> int:
     q, kv = slots_q * r.heads_q * r.head_dim_qk, slots_kv * r.heads_kv * (r.head_dim_qk + r.head_dim_v)
     out = slots_q * r.heads_q * r.head_dim_v
     total = q * wide + (kv * wide if wide != r.itemsize else 0) + out * (wide + r.itemsize)
+    if r.padded or r.packed:  # without their garbage
+        total += (q + kv) * r.itemsize
+    if r.paged:  # v as it is gathered, before its garbage goes
+        total += slots_kv * r.heads_kv * r.head_dim_v * r.itemsize
     return total + (q + kv + out) * wide if r.needs_grad else total
 
 
 def _attend(r: AttentionRequest, q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
+    out, lse = attend(r, q, k, v, operands)
+    return (out, lse.float()) if r.needs_lse else out
+
+
+def attend(r: AttentionRequest, q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> tuple[Tensor, Tensor]:
+    """The output, and the LSE in the scores' dtype."""
+    (q, k, v), len_q, len_kv = inputs(r, q, k, v, operands)
+    out, lse = _core(r, q, k, v, operands, len_q, len_kv)
+    out = out.to(dtype=_dtype(r))
+    if r.packed:
+        return _repack(out, lse, operands.cu_seqlens_q, r.tokens_q)
+    return out.permute(_FROM_BHSD[r.layout]).contiguous(), lse
+
+
+def inputs(
+    r: AttentionRequest, q: Tensor, k: Tensor, v: Tensor, operands: Operands
+) -> tuple[tuple[Tensor, Tensor, Tensor], Lengths, Lengths]:
+    """q, k and v as (B, H, S, D) without garbage, and what of the queries and of the keys is real."""
     if r.packed:
         q, len_q = _unpack(q, operands.cu_seqlens_q, r.seqlen_q)
         k, len_kv = _unpack(k, operands.cu_seqlens_kv, r.seqlen_kv)
         v, _ = _unpack(v, operands.cu_seqlens_kv, r.seqlen_kv)
-    else:
-        q, k, v = (t.permute(_TO_BHSD[r.layout]) for t in (q, k, v))
-        len_q, len_kv = _padding(operands.seqlens_q, q), _padding(operands.seqlens_kv, k)
-        # Whatever lies in the padding, NaN included, is replaced before it meets a product.
-        q, k, v = _clean(q, len_q), _clean(k, len_kv), _clean(v, len_kv)
-    out, lse = _core(r, q, k, v, operands, len_q, len_kv)
-    out = out.to(dtype=_dtype(r))
-    if r.packed:
-        out, lse = _repack(out, lse, operands.cu_seqlens_q, r.tokens_q)
-    else:
-        out = out.permute(_FROM_BHSD[r.layout]).contiguous()
-    return (out, lse) if r.needs_lse else out
+        return (q, k, v), len_q, len_kv
+    len_q, len_kv = _padding(operands.seqlens_q, r.seqlen_q), _padding(operands.seqlens_kv, r.seqlen_kv)
+    # Whatever lies in the padding, NaN included, is replaced before it meets a product.
+    q = _clean(q.permute(_TO_BHSD[r.layout]), len_q)
+    k, v = (_clean(_gather(r, t, operands) if r.paged else t.permute(_TO_BHSD[r.layout]), len_kv) for t in (k, v))
+    return (q, k, v), len_q, len_kv
+
+
+def rows(r: AttentionRequest, grad: Tensor, out: Tensor, lse: Tensor, operands: Operands) -> tuple[Tensor, ...]:
+    """The output's gradient, the output and its LSE as (B, H, S, ...), for the backward."""
+    if not r.packed:
+        clean = _padding(operands.seqlens_q, r.seqlen_q)
+        return *(_clean(t.permute(_TO_BHSD[r.layout]), clean) for t in (grad, out)), lse
+    unpacked = (_unpack(t, operands.cu_seqlens_q, r.seqlen_q)[0] for t in (grad, out, lse.mT.unsqueeze(-1)))
+    grad, out, lse = unpacked
+    return grad, out, lse.squeeze(-1)
 
 
 def _core(
     r: AttentionRequest, q: Tensor, k: Tensor, v: Tensor, operands: Operands, len_q: Lengths, len_kv: Lengths
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, Hq, Sq, Dv) in the scores' dtype and LSE (B, Hq, Sq) in float32, from bhsd tensors without garbage."""
+    """Output (B, Hq, Sq, Dv) and LSE (B, Hq, Sq) in the scores' dtype, from bhsd tensors without garbage."""
     wide = torch.float64 if r.dtype == "fp64" else torch.float32
-    scores = _scores(r, q.to(wide), k.to(wide))
-    in_place = not scores.requires_grad
-    if r.softcap is not None:
-        scores = scores.tanh_()
-        scores = scores.mul_(r.softcap) if in_place else scores * r.softcap
-    scores = _positions(r, scores, operands.alibi_slopes, operands, len_q, len_kv)
+    logits = scores(r, q.to(wide), k.to(wide), operands, len_q, len_kv)
 
     # exp(s - max) / sum, the division left to the output's rows. max is a constant shift: it needs no gradient.
-    live = scores.detach()
+    live = logits.detach()
     peak = live.amax(-1, keepdim=True) if r.seqlen_kv else live.new_full((*live.shape[:-1], 1), -math.inf)
     peak = peak.masked_fill_(peak == -math.inf, 0.0)
-    probabilities = scores.sub_(peak).exp_()
+    probabilities = logits.sub_(peak).exp_()
     total = probabilities.sum(-1, keepdim=True)
     dead = total.detach() == 0
     total = total.masked_fill(dead, 1.0)
@@ -137,7 +165,17 @@ def _core(
     if operands.sinks is not None:
         # A sink scales a row by exp(lse) / (exp(lse) + exp(sink)); the LSE returned does not count it.
         out = out * torch.sigmoid(lse - operands.sinks.to(wide)[:, None, None])
-    return out, lse.detach().masked_fill(dead, -math.inf).squeeze(-1).float()
+    return out, lse.detach().masked_fill(dead, -math.inf).squeeze(-1)
+
+
+def scores(r: AttentionRequest, q: Tensor, k: Tensor, operands: Operands, len_q: Lengths, len_kv: Lengths) -> Tensor:
+    """(B, Hq, Sq, Skv): scaled, capped, biased and masked."""
+    found = _scores(r, q, k)
+    in_place = not found.requires_grad
+    if r.softcap is not None:
+        found = found.tanh_()
+        found = found.mul_(r.softcap) if in_place else found * r.softcap
+    return _positions(r, found, operands.alibi_slopes, operands, len_q, len_kv)
 
 
 def _scores(r: AttentionRequest, q: Tensor, k: Tensor) -> Tensor:
@@ -179,15 +217,29 @@ def _positions(
     return scores
 
 
-def _padding(seqlens: Tensor | None, x: Tensor) -> Lengths:
+def _padding(seqlens: Tensor | None, longest: int) -> Lengths:
     if seqlens is None:
         return Lengths(None, None)
-    return Lengths(seqlens, torch.arange(x.shape[2], device=x.device) < seqlens[:, None])
+    return Lengths(seqlens, torch.arange(longest, device=seqlens.device) < seqlens[:, None])
 
 
 def _clean(x: Tensor, lengths: Lengths) -> Tensor:
     """(B, H, S, D) with zeros outside the lengths; nothing there gets a gradient."""
     return x if lengths.valid is None else torch.where(lengths.valid[:, None, :, None], x, 0)
+
+
+def _gather(r: AttentionRequest, pool: Tensor, operands: Operands) -> Tensor:
+    """(B, Hkv, Skv, D) from a pool of pages. Entries past a sequence's length are not followed."""
+    table, lengths = operands.page_table, operands.seqlens_kv
+    assert table is not None and lengths is not None and r.page_size is not None
+    if not pool.shape[0]:  # then no sequence has a key
+        return pool.new_zeros(r.batch, r.heads_kv, r.seqlen_kv, pool.shape[-1])
+    used = torch.arange(table.shape[1], device=table.device) * r.page_size < lengths[:, None]
+    pages = pool.index_select(0, torch.where(used, table, 0).flatten())
+    if r.layout == "bshd":
+        return pages.reshape(r.batch, r.seqlen_kv, r.heads_kv, pool.shape[-1]).transpose(1, 2)
+    pages = pages.reshape(r.batch, table.shape[1], r.heads_kv, r.page_size, pool.shape[-1]).transpose(1, 2)
+    return pages.reshape(r.batch, r.heads_kv, r.seqlen_kv, pool.shape[-1])
 
 
 def _unpack(x: Tensor, cu_seqlens: Tensor | None, longest: int) -> tuple[Tensor, Lengths]:

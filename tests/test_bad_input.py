@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attnrt
-from attnrt import cli, registry
+from attnrt import cli
 from attnrt.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -24,7 +24,6 @@ from attnrt.errors import (
     UnknownNameError,
     VariableError,
 )
-from attnrt.settings import NAMES
 
 BUILTIN = {
     ArgumentError: ValueError,
@@ -63,6 +62,13 @@ def packed(**changes: Any) -> Callable[[], Any]:
     cu = ints(0, 3, 8)
     same = {"layout": "thd", "cu_seqlens_q": cu, "cu_seqlens_kv": cu}
     return lambda: attnrt.attention(**{**qkv(8, 4, 16), **same, **changes})
+
+
+def paged(**changes: Any) -> Callable[[], Any]:
+    """2 sequences of up to 2 pages of 8 keys, out of 3 pages, changed."""
+    pools = {"k": torch.zeros(3, 4, 8, 16), "v": torch.zeros(3, 4, 8, 16)}
+    tables = {"page_table": ints(0, 2, 1, 9).view(2, 2), "seqlens_kv": ints(16, 3)}
+    return lambda: attnrt.attention(**{**qkv(), **pools, **tables, **changes})
 
 
 def shape(**changes: Any) -> Callable[[], Any]:
@@ -323,6 +329,37 @@ LENGTHS = [
         "max_seqlen with bhsd", call(max_seqlen_q=8), ArgumentError, ("max_seqlen_q=8", "only layout='thd'", "'bhsd'")
     ),
 ]
+learned = torch.zeros(3, 4, 8, 16, requires_grad=True)
+PAGES = [
+    Case("list", paged(page_table=[[0, 2], [1, 9]]), ArgumentTypeError, ("page_table=[[0, 2]", "int32", "(B, pages")),
+    Case("int64", paged(page_table=ints(0, 2, 1, 9).view(2, 2).long()), ArgumentTypeError, ("page_table", "int32")),
+    Case("one dim", paged(page_table=ints(0, 2)), ArgumentError, ("page_table=<Tensor (2,)", "B = 2")),
+    Case("batch", paged(page_table=ints(0, 2, 1).view(3, 1)), ArgumentError, ("page_table=<Tensor (3, 1)", "B = 2")),
+    Case(
+        "device", paged(page_table=ints(0, 2, 1, 9).view(2, 2).to("meta")), ArgumentError, ("page_table", "q's device")
+    ),
+    Case("sparse", paged(page_table=ints(0, 2).view(2, 1).to_sparse()), ArgumentTypeError, ("page_table", "dense")),
+    Case("no lengths", paged(seqlens_kv=None), ArgumentError, ("seqlens_kv=None", "page_table needs it")),
+    Case("sbhd", paged(layout="sbhd"), ArgumentError, ("page_table", "'sbhd'", "(num_pages, page_size, Hkv, D)")),
+    Case("thd", packed(page_table=ints(0).view(1, 1)), ArgumentError, ("page_table", "'thd'", "no pages")),
+    Case("pools differ", paged(v=torch.zeros(2, 4, 8, 16)), ArgumentError, ("num_pages=(3, 2)", "equally many")),
+    Case("sizes differ", paged(v=torch.zeros(3, 4, 9, 16)), ArgumentError, ("seqlen_kv=(8, 9)", "same length")),
+    Case(
+        "no key a page",
+        paged(k=torch.zeros(3, 4, 0, 16), v=torch.zeros(3, 4, 0, 16)),
+        ArgumentError,
+        ("page_size=0", "at least one key"),
+    ),
+    Case(
+        "out of the pool", paged(page_table=ints(0, 3, 1, 9).view(2, 2)), ArgumentError, ("page 1 of", "is 3", "0..2")
+    ),
+    Case("negative", paged(page_table=ints(0, 2, -1, 9).view(2, 2)), ArgumentError, ("page 0 of sequence 1 is -1",)),
+    Case("too long", paged(seqlens_kv=ints(17, 3)), ArgumentError, ("seqlens_kv=[17, 3]", "0..16")),
+    Case("key gradient", paged(k=learned), ArgumentError, ("k=<Tensor", "no backward", "no_grad")),
+    Case("value gradient", paged(v=learned), ArgumentError, ("v=<Tensor", "no backward")),
+    Case("query gradient", paged(q=learned[:2]), ArgumentError, ("q=<Tensor", "no backward")),
+    Case("mask shape", paged(mask=torch.ones(8, 8).bool()), ArgumentError, ("mask=(8, 8)", "(2, 4, 8, 16)")),
+]
 SHAPES = [
     Case("no heads", shape(heads_q=0), ArgumentError, ("heads_q=0", "at least 1")),
     Case("negative length", shape(seqlen_q=-1), ArgumentError, ("seqlen_q=-1", "at least 0")),
@@ -334,6 +371,11 @@ SHAPES = [
     Case(
         "packed and padded", shape(packed=True, padded=True), ArgumentError, ("padded=True", "one of packed and padded")
     ),
+    Case("page size", shape(page_size=0), ArgumentError, ("page_size=0", "at least 1")),
+    Case("page size bool", shape(page_size=True), ArgumentTypeError, ("page_size=True", "integer")),
+    Case("part of a page", shape(seqlen_kv=20, page_size=16), ArgumentError, ("seqlen_kv=20", "page_size=16", ": 32")),
+    Case("pages in training", shape(page_size=8, training=True), ArgumentError, ("training=True", "no backward")),
+    Case("packed pages", shape(page_size=8, packed=True), ArgumentError, ("page_size=8", "'thd'")),
     Case("thd not packed", shape(layout="thd"), ArgumentError, ("layout='thd'", "packed")),
     Case("empty layout", shape(layout=""), UnknownNameError, ("layout=''", "bhsd")),
     Case("bias_grad alone", shape(bias_grad=True), ArgumentError, ("bias_grad=True", "bias=True or its shape")),
@@ -523,6 +565,7 @@ TABLES = {
     "options": OPTIONS,
     "operands": OPERANDS,
     "lengths": LENGTHS,
+    "pages": PAGES,
     "shapes": SHAPES,
     "environments": ENVIRONMENTS,
     "overrides": OVERRIDES,
@@ -533,16 +576,7 @@ TABLES = {
 CASES = [pytest.param(case, id=f"{table}: {case.id}") for table, cases in TABLES.items() for case in cases]
 
 
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
-    before = set(registry.backends())
-    yield
-    monkeypatch.undo()
-    for name in set(registry.backends()) - before:
-        attnrt.unregister_backend(name)
-    attnrt.refresh()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -22,13 +22,7 @@ with TABLE.open(newline="") as file:
     ROWS = {f"line{number}": row for number, row in enumerate(csv.DictReader(file), start=2)}
 
 
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Any:
-    for name in attnrt.settings.NAMES:
-        monkeypatch.delenv(name, raising=False)
-    yield
-    monkeypatch.undo()
-    attnrt.refresh()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def machine(name: str, packages: str) -> Environment:

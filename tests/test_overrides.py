@@ -6,7 +6,6 @@ import asyncio
 import json
 import threading
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,23 +17,11 @@ import attnrt
 from attnrt import registry
 from attnrt.decision import Decision
 from attnrt.errors import BackendFailed, BackendUnavailable, DemotionWarning, VerificationFailed
-from attnrt.settings import NAMES
 
 NEXT = "name: mine\ndescription: Goes on.\nextends: default\non_failure: next\n"
 
 
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No variable set before; no backend, variable, demotion or open block left behind."""
-    for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
-    before = set(registry.backends())
-    attnrt.refresh()
-    yield
-    monkeypatch.undo()
-    for name in set(registry.backends()) - before:
-        attnrt.unregister_backend(name)
-    attnrt.refresh()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 @pytest.fixture
@@ -471,6 +458,46 @@ def test_out_of_memory_passes_through() -> None:
     with attnrt.override(prefer="broken"), pytest.raises(torch.OutOfMemoryError) as caught:
         attnrt.attention(*tensors())
     assert caught.value is error and "broken" in error.__notes__[0]
+
+
+@pytest.mark.parametrize("stage", ["prepare", "run", "a later run"])
+def test_out_of_memory_counts_for_one_call(stage: str, go_on: str) -> None:
+    """The next backend serves this call, the report says why, and the next call tries the first again."""
+    full = {"now": stage != "a later run"}
+
+    class Greedy(Broken):
+        name = "greedy"
+
+        def prepare(self, request: Any, environment: Any) -> Any:
+            def run(*tensors: Any) -> Any:
+                if full["now"]:
+                    raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+                return good(*tensors)
+
+            if stage == "prepare" and full["now"]:
+                raise torch.OutOfMemoryError("no room for the workspace")
+            good = registry.backends()["reference"].prepare(request, environment)
+            return run
+
+    attnrt.register_backend(Greedy())
+    q, k, v = tensors()
+    want = attnrt.attention(q, k, v, backend="reference")
+    with attnrt.override(prefer="greedy", policy=go_on):
+        if stage == "a later run":
+            attnrt.attention(q, k, v)
+            full["now"] = True
+        for _ in range(2):
+            with pytest.warns(DemotionWarning, match=r"trying the next backend in this call"):
+                torch.testing.assert_close(attnrt.attention(q, k, v), want)
+            decision = attnrt.last_decision()
+            (reason,) = decision.verdicts["greedy"].reasons
+            assert decision.backend == "torch" and reason.rule == "OUT_OF_MEMORY" and "next call" in reason.remedy
+            assert attnrt.explain(q, k, v).backend == "greedy", "nothing is remembered"
+        full["now"] = False
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            attnrt.attention(q, k, v)
+        assert attnrt.last_decision().backend == "greedy"
 
 
 def test_an_interrupt_passes_through() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No variable set before, no backend left behind."""
-    for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
-    before = set(registry.backends())
-    attnrt.refresh()
-    yield
-    for name in set(registry.backends()) - before:
-        attnrt.unregister_backend(name)
-    attnrt.refresh()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def test_python_blocks(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,9 +32,10 @@ def test_python_blocks(capsys: pytest.CaptureFixture[str]) -> None:
     q, k, v = torch.randn(2, 4, 16, 8), torch.randn(2, 2, 16, 8), torch.randn(2, 2, 16, 8)
     names: dict[str, Any] = {"q": q, "k": k, "v": v}
     found = blocks("python")
-    assert len(found) == 3
+    assert len(found) == 4
     for number, block in enumerate(found):
         exec(compile(block, f"README.md, python block {number + 1}", "exec"), names)
+    assert names["attended"].shape == names["hidden"].shape
     want = attnrt.attention(q, k, v, causal=True, backend="reference")
     torch.testing.assert_close(names["out"], want)
     assert "choice    torch[flash_cpu]" in capsys.readouterr().out

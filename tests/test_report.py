@@ -6,7 +6,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +18,12 @@ from attnrt import registry
 from attnrt.decision import Decision
 from attnrt.schema import ReportModel, schema_json
 from attnrt.selector import size
-from attnrt.settings import NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE: dict[str, Any] = {"batch": 1, "heads_q": 32, "heads_kv": 8, "seqlen_q": 4096, "head_dim": 128}
 
 
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No variable set before, no backend left behind."""
-    for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
-    before = set(registry.backends())
-    attnrt.refresh()
-    yield
-    monkeypatch.undo()
-    for name in set(registry.backends()) - before:
-        attnrt.unregister_backend(name)
-    attnrt.refresh()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def on(machine: str = "h100", **changes: Any) -> Decision:

@@ -8,7 +8,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,18 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnrt
 from attnrt import environment, runtime
-from attnrt.settings import NAMES
 
-
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No variable set before, no plan left behind."""
-    for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
-    attnrt.refresh()
-    yield
-    monkeypatch.undo()
-    attnrt.refresh()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def tensors(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> list[Tensor]:

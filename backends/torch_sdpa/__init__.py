@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from attnrt.backends.base import Backend, Kernel
+from attnrt.backends.base import FEATURE_NAMES, Backend, Kernel
 from attnrt.backends.torch_sdpa.cpu import FlashCPU
 from attnrt.backends.torch_sdpa.cuda import CuDNN, Efficient, Flash
 from attnrt.backends.torch_sdpa.math import Math
@@ -12,13 +12,14 @@ from attnrt.environment import Environment
 from attnrt.request import AttentionRequest
 
 if TYPE_CHECKING:
-    from attnrt.backends.base import Run
+    from attnrt.backends.base import Backward, Forward, Run
 
 
 class TorchSDPA(Backend):
     name = "torch"
     title = "PyTorch's SDPA"
     prefix = "TORCH"
+    supports = FEATURE_NAMES | {"lse_backward"}
 
     def __init__(self) -> None:
         self._kernels: tuple[Kernel, ...] = (FlashCPU(), CuDNN(), Flash(), Efficient(), Math())
@@ -43,3 +44,6 @@ class TorchSDPA(Backend):
 
     def prepare(self, request: AttentionRequest, environment: Environment) -> Run:
         return self.first(request, environment).prepare(request, environment)
+
+    def pair(self, request: AttentionRequest, environment: Environment) -> tuple[Forward, Backward]:
+        return self.first(request, environment).pair(request, environment)

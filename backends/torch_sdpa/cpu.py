@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,21 +10,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnrt.backends.base import FEATURE_NAMES, Kernel, Rule, linear_bytes
-from attnrt.backends.torch_sdpa.cpu_plan import MIN_ROWS, dense, mask_bytes, native_causal, pieces, tile_rows, tiles
+from attnrt.backends.torch_sdpa.cpu_plan import (
+    MIN_ROWS,
+    Tile,
+    dense,
+    mask_bytes,
+    native_causal,
+    pieces,
+    tile_rows,
+    tiles,
+)
 from attnrt.backends.torch_sdpa.layouts import as_bhsd, four_dims, from_bhsd
 from attnrt.environment import Environment
 from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
 
 if TYPE_CHECKING:
-    from attnrt.backends.base import Run
+    from attnrt.backends.base import Backward, Forward, Run
 
 
 class FlashCPU(Kernel):
     name = "flash_cpu"
     title = "PyTorch's CPU flash kernel"
     prefix = "TORCH_FLASH_CPU"
-    supports = FEATURE_NAMES - {"softcap", "dropout", "bias_grad", "cuda_graph"}
+    supports = FEATURE_NAMES - {"softcap", "dropout", "bias_grad", "cuda_graph"} | {"lse_backward"}
     rules = (
         Rule(
             "TORCH_FLASH_CPU_DEVICE",
@@ -52,7 +61,8 @@ class FlashCPU(Kernel):
             total += sum(slots) * r.itemsize * (2 if r.needs_grad else 1)
         if not plain(r):
             rows = tile_rows(r, r.batch)
-            total += 2 * mask_bytes(r, 1 if rows <= MIN_ROWS else r.batch, rows)
+            if dense(r) or not native_causal(r) or r.alignment == "bottom_right":
+                total += 2 * mask_bytes(r, 1 if rows <= MIN_ROWS else r.batch, rows)
             if r.needs_grad and rows < r.seqlen_q:
                 # Tiles write dq where it belongs; dk and dv they sum, in float32 for 16-bit inputs.
                 total += (slots[1] if r.itemsize == 2 else 0) * 4 - slots[0] * 4
@@ -77,6 +87,9 @@ class FlashCPU(Kernel):
     def prepare(self, request: AttentionRequest, environment: Environment) -> Run:
         return _plain(request) if plain(request) else _tiled(request)
 
+    def pair(self, request: AttentionRequest, environment: Environment) -> tuple[Forward, Backward]:
+        return _pair(request)
+
 
 def _scratch(r: AttentionRequest, threads: int) -> int:
     """Each thread's block of scores, in float32, and their gradient: 512 keys by the kernel's own block of queries."""
@@ -94,7 +107,8 @@ def plain(r: AttentionRequest) -> bool:
 
 def _plain(r: AttentionRequest) -> Run:
     """As little as possible around PyTorch's own call: its host time is what small calls cost."""
-    sdpa, causal, scale, gqa = F.scaled_dot_product_attention, r.is_causal, r.scale, r.group > 1
+    # Not the name in torch.nn.functional, which `attnrt.patch_sdpa` replaces.
+    sdpa, causal, scale, gqa = torch._C._nn.scaled_dot_product_attention, r.is_causal, r.scale, r.group > 1
     allowed: Callable[[], bool] = torch.backends.cuda.flash_sdp_enabled
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -130,24 +144,70 @@ def _tiled(r: AttentionRequest) -> Run:
     # Imported late: it needs the CPU kernel's own operators.
     from attnrt.backends.torch_sdpa.cpu_tiles import Tiled
 
-    layout, dim_v = r.layout, r.head_dim_v
-    fixed = None if r.packed or r.padded else tiles(r, pieces(r, None, None))
+    layout, dim_v, plan = r.layout, r.head_dim_v, _planned(r)
 
     def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
         q, k, v = (_fit(as_bhsd(t, layout), r.head_dim) for t in (q, k, v))
-        plan = fixed
-        if plan is None:
-            lengths = operands[6:8] if r.packed else operands[4:6]
-            plan = tiles(r, pieces(r, *(None if x is None else x.tolist() for x in lengths)))
-        mask = None if operands.mask is None else four_dims(operands.mask)
-        bias = None if operands.bias is None else four_dims(operands.bias)
-        out, lse = Tiled.apply(q, k, v, mask, bias, operands.alibi_slopes, operands.sinks, r, plan)  # type: ignore[no-untyped-call]
+        out, lse = Tiled.apply(q, k, v, *_added(operands), r, plan(operands))  # type: ignore[no-untyped-call]
         out = from_bhsd(out[..., :dim_v], layout)
         if not r.needs_lse:
             return out
         return out, (lse[0] if r.packed else lse).float()
 
     return run
+
+
+def _pair(r: AttentionRequest) -> tuple[Forward, Backward]:
+    from attnrt.backends.torch_sdpa import cpu_tiles
+
+    plan = _planned(r)
+
+    def fit(*tensors: Tensor) -> list[Tensor]:
+        return [_fit(as_bhsd(t, r.layout), r.head_dim) for t in tensors]
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        arguments: tuple[Any, ...] = (*fit(q, k, v), *_added(operands), r, plan(operands))
+        out, lse = cpu_tiles.forward(*arguments)
+        return from_bhsd(out[..., : r.head_dim_v], r.layout), lse[0] if r.packed else lse, ()
+
+    def backward(
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        extra: tuple[Tensor, ...],
+        operands: Operands,
+        wanted: Sequence[bool],
+    ) -> list[Tensor | None]:
+        grad, q_, k_, v_, out = fit(grad, q, k, v, out)
+        lse = lse[None] if r.packed else lse
+        arguments: tuple[Any, ...] = (grad, q_, k_, v_, *_added(operands), out, lse, r, plan(operands), wanted[4])
+        dq, dk, dv, dsinks = cpu_tiles.backward(*arguments)
+        grads = (from_bhsd(d[..., : x.shape[-1]], r.layout) for d, x in ((dq, q), (dk, k), (dv, v)))
+        return [*grads, None, dsinks]
+
+    return forward, backward
+
+
+def _planned(r: AttentionRequest) -> Callable[[Operands], list[Tile]]:
+    """The tiles for a call's lengths; made once if there are none."""
+    if not (r.packed or r.padded):
+        fixed = tiles(r, pieces(r, None, None))
+        return lambda operands: fixed
+
+    def plan(operands: Operands) -> list[Tile]:
+        lengths = operands[6:8] if r.packed else operands[4:6]
+        return tiles(r, pieces(r, *(None if x is None else x.tolist() for x in lengths)))
+
+    return plan
+
+
+def _added(operands: Operands) -> tuple[Tensor | None, ...]:
+    """mask, bias, ALiBi slopes and sinks as the tiles take them."""
+    mask, bias = (None if x is None else four_dims(x) for x in (operands.mask, operands.bias))
+    return mask, bias, operands.alibi_slopes, operands.sinks
 
 
 def _fit(x: Tensor, head_dim: int) -> Tensor:

@@ -24,20 +24,9 @@ class Tiled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        q, k, v, mask, bias, slopes, sinks, r, tiles = args
-        if whole(tiles, q, k):
-            out, lse = _call(r, tiles[0], q, k, v, mask, bias, slopes)
-        else:
-            wide = torch.float64 if r.dtype == "fp64" else torch.float32
-            out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -math.inf, dtype=wide)
-            for tile in tiles:
-                part, part_lse = _call(r, tile, _rows(q, tile), _keys(k, tile), _keys(v, tile), mask, bias, slopes)
-                _rows(out, tile).copy_(part)
-                _rows(lse, tile).copy_(part_lse)
-        if sinks is not None:
-            # The sinks join the denominator after the fact: rows shrink by exp(lse) / (exp(lse) + exp(sink)).
-            out = out.mul_(torch.sigmoid(lse - sinks.to(lse.dtype)[:, None]).unsqueeze(-1))
-        ctx.save_for_backward(q, k, v, mask, bias, slopes, sinks, out, lse)
+        out, lse = forward(*args)
+        *tensors, r, tiles = args
+        ctx.save_for_backward(*tensors, out, lse)
         ctx.request, ctx.tiles = r, tiles
         ctx.mark_non_differentiable(lse)
         return out, lse
@@ -45,44 +34,88 @@ class Tiled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, bias, slopes, sinks, out, lse = ctx.saved_tensors
-        r, tiles = ctx.request, ctx.tiles
-        total = lse.masked_fill(
-            lse == -math.inf, 0.0
-        )  # a dead row's scores are -inf too: the kernel must not meet both
-        grad_sinks = None
-        if sinks is not None:
-            sink = sinks.to(lse.dtype)[:, None]
-            total = torch.logaddexp(total, sink)
-            if ctx.needs_input_grad[6]:
-                rowsum = (grad.to(lse.dtype) * out).sum(-1)
-                grad_sinks = -(torch.exp(sink - total) * rowsum).sum((0, 2)).to(sinks.dtype)
-        if whole(tiles, q, k):
-            chunk = tile_mask(r, tiles[0], mask, bias, slopes)
-            dq, dk, dv = _backward(grad, q, k, v, out, total, 0.0, tiles[0].causal, attn_mask=chunk, scale=r.scale)
-        else:
-            # Tiles of one sequence share keys: their parts are summed in float32.
-            shared = len({tile.piece.batch.start for tile in tiles}) < len(tiles)
-            sums = torch.float32 if shared and r.itemsize == 2 else q.dtype
-            dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k, dtype=sums), torch.zeros_like(v, dtype=sums)
-            for tile in tiles:
-                parts = _backward(
-                    _rows(grad, tile),
-                    _rows(q, tile),
-                    _keys(k, tile),
-                    _keys(v, tile),
-                    _rows(out, tile),
-                    _rows(total, tile),
-                    0.0,
-                    tile.causal,
-                    attn_mask=tile_mask(r, tile, mask, bias, slopes),
-                    scale=r.scale,
-                )
-                _rows(dq, tile).copy_(parts[0])
-                _keys(dk, tile).add_(parts[1])
-                _keys(dv, tile).add_(parts[2])
-            dk, dv = dk.to(k.dtype), dv.to(v.dtype)
-        return dq, dk, dv, None, None, None, grad_sinks, None, None
+        arguments = (grad, *ctx.saved_tensors, ctx.request, ctx.tiles, ctx.needs_input_grad[6])
+        dq, dk, dv, dsinks = backward(*arguments)
+        return dq, dk, dv, None, None, None, dsinks, None, None
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    r: AttentionRequest,
+    tiles: list[Tile],
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE, the latter without the sinks."""
+    if whole(tiles, q, k):
+        out, lse = _call(r, tiles[0], q, k, v, mask, bias, slopes)
+    else:
+        wide = torch.float64 if r.dtype == "fp64" else torch.float32
+        out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -math.inf, dtype=wide)
+        for tile in tiles:
+            part, part_lse = _call(r, tile, _rows(q, tile), _keys(k, tile), _keys(v, tile), mask, bias, slopes)
+            _rows(out, tile).copy_(part)
+            _rows(lse, tile).copy_(part_lse)
+    if sinks is not None:
+        # The sinks join the denominator after the fact: rows shrink by exp(lse) / (exp(lse) + exp(sink)).
+        out = out.mul_(torch.sigmoid(lse - sinks.to(lse.dtype)[:, None]).unsqueeze(-1))
+    return out, lse
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    r: AttentionRequest,
+    tiles: list[Tile],
+    want_sinks: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv and dsinks. `out` and `lse` may cover more keys than k and v hold."""
+    # A dead row's scores are -inf too: the kernel must not meet both.
+    total = lse.masked_fill(lse == -math.inf, 0.0)
+    dsinks = None
+    if sinks is not None:
+        sink = sinks.to(lse.dtype)[:, None]
+        total = torch.logaddexp(total, sink)
+        if want_sinks:
+            rowsum = (grad.to(lse.dtype) * out).sum(-1)
+            dsinks = -(torch.exp(sink - total) * rowsum).sum((0, 2)).to(sinks.dtype)
+    if whole(tiles, q, k):
+        chunk = tile_mask(r, tiles[0], mask, bias, slopes)
+        dq, dk, dv = _backward(grad, q, k, v, out, total, 0.0, tiles[0].causal, attn_mask=chunk, scale=r.scale)
+        return dq, dk, dv, dsinks
+    # Tiles of one sequence share keys: their parts are summed in float32.
+    shared = len({tile.piece.batch.start for tile in tiles}) < len(tiles)
+    sums = torch.float32 if shared and r.itemsize == 2 else q.dtype
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k, dtype=sums), torch.zeros_like(v, dtype=sums)
+    for tile in tiles:
+        parts = _backward(
+            _rows(grad, tile),
+            _rows(q, tile),
+            _keys(k, tile),
+            _keys(v, tile),
+            _rows(out, tile),
+            _rows(total, tile),
+            0.0,
+            tile.causal,
+            attn_mask=tile_mask(r, tile, mask, bias, slopes),
+            scale=r.scale,
+        )
+        _rows(dq, tile).copy_(parts[0])
+        _keys(dk, tile).add_(parts[1])
+        _keys(dv, tile).add_(parts[2])
+    return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks
 
 
 def whole(tiles: list[Tile], q: Tensor, k: Tensor) -> bool:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from attnrt.backends.base import Kernel, Rule, linear_bytes
 from attnrt.backends.torch_sdpa.cuda_flash import attend as flash_attend
+from attnrt.backends.torch_sdpa.cuda_flash import pair as flash_pair
+from attnrt.backends.torch_sdpa.cuda_pairs import cudnn_pair, efficient_pair
 from attnrt.backends.torch_sdpa.layouts import TORCH_DTYPES, as_bhsd, from_bhsd
 from attnrt.backends.torch_sdpa.math import additive_mask
 from attnrt.environment import Environment
@@ -21,7 +23,7 @@ from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
 
 if TYPE_CHECKING:
-    from attnrt.backends.base import Run
+    from attnrt.backends.base import Backward, Forward, Run
 
 SDP_UTILS = "PyTorch, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp"
 
@@ -66,7 +68,7 @@ class CuDNN(CUDAKernel):
     name = "cudnn"
     title = "PyTorch's cuDNN kernel"
     prefix = "TORCH_CUDNN"
-    supports = frozenset({"gqa", "causal", "dropout", "backward", "cuda_graph"})
+    supports = frozenset({"gqa", "causal", "dropout", "backward", "cuda_graph", "lse", "lse_backward"})
     rules = (
         _device("TORCH_CUDNN", "PyTorch's cuDNN kernel", 80),
         _half("TORCH_CUDNN", "PyTorch's cuDNN kernel"),
@@ -110,10 +112,15 @@ class CuDNN(CUDAKernel):
 
         def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
             q, k, v = as_bhsd(q, r.layout), as_bhsd(k, r.layout), as_bhsd(v, r.layout)
-            found = attend(q, k, v, None, r.needs_grad, r.dropout_p, r.is_causal, False, scale=r.scale)
-            return from_bhsd(found[0], r.layout)
+            wants_lse = r.needs_grad or r.needs_lse
+            out, lse, *_ = attend(q, k, v, None, wants_lse, r.dropout_p, r.is_causal, False, scale=r.scale)
+            out = from_bhsd(out, r.layout)
+            return (out, lse.detach().view(q.shape[:3])) if r.needs_lse else out
 
         return run
+
+    def pair(self, request: AttentionRequest, environment: Environment) -> tuple[Forward, Backward]:
+        return cudnn_pair(request)
 
 
 class Flash(CUDAKernel):
@@ -131,6 +138,7 @@ class Flash(CUDAKernel):
             "dropout",
             "gqa",
             "lse",
+            "lse_backward",
             "packed",
             "sinks",
             "window",
@@ -179,6 +187,9 @@ class Flash(CUDAKernel):
     def prepare(self, request: AttentionRequest, environment: Environment) -> Run:
         return flash_attend(request)
 
+    def pair(self, request: AttentionRequest, environment: Environment) -> tuple[Forward, Backward]:
+        return flash_pair(request)
+
 
 class Efficient(CUDAKernel):
     """The memory-efficient kernel: fp32, masks and biases, unequal head dims."""
@@ -195,6 +206,8 @@ class Efficient(CUDAKernel):
             "cuda_graph",
             "dropout",
             "gqa",
+            "lse",
+            "lse_backward",
             "mask",
             "top_left",
             "unequal_head_dims",
@@ -213,6 +226,11 @@ class Efficient(CUDAKernel):
             lambda r, e: any(d * r.itemsize % 16 for d in (r.head_dim_qk, r.head_dim_v)),
             "PyTorch's memory-efficient kernel takes head dims of whole 16 bytes, not {r.head_dim_qk} / {r.head_dim_v}",
             source=SDP_UTILS,
+        ),
+        Rule(
+            "TORCH_EFFICIENT_LSE",
+            lambda r, e: r.needs_lse and (r.mask is not None or r.bias is not None),
+            "PyTorch's memory-efficient kernel gives no exact LSE to rows that a mask or bias leaves without a key",
         ),
     )
 
@@ -245,10 +263,17 @@ class Efficient(CUDAKernel):
             q, k, v = as_bhsd(q, r.layout), as_bhsd(k, r.layout), as_bhsd(v, r.layout)
             if r.group > 1:
                 k, v = k.repeat_interleave(r.group, 1), v.repeat_interleave(r.group, 1)
-            out = attend(q, k, v, added, r.needs_grad, r.dropout_p, causal, scale=r.scale)[0]
-            return from_bhsd(out, r.layout)
+            wants_lse = r.needs_grad or r.needs_lse
+            out, lse, *_ = attend(q, k, v, added, wants_lse, r.dropout_p, causal, scale=r.scale)
+            out = from_bhsd(out, r.layout)
+            return (out, lse.detach()[..., : r.seqlen_q]) if r.needs_lse else out
 
         return run
+
+    def pair(self, request: AttentionRequest, environment: Environment) -> tuple[Forward, Backward]:
+        if request.mask is not None or request.bias is not None:
+            raise NotImplementedError("a pair of PyTorch's memory-efficient kernel takes no mask or bias")
+        return efficient_pair(request)
 
 
 def _aligned(r: AttentionRequest, added: Tensor) -> Tensor:

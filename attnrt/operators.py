@@ -1,0 +1,162 @@
+"""attnrt in a traced graph: `torch.ops.attnrt.attention_forward` and `attention_backward`.
+
+A graph of torch.compile or torch.export holds one of them for each call, with the choice among its constants. Run, it
+looks its plan up as an eager call does, and runs that kernel. They are opaque to the compiler, and carry shapes (fake
+implementations), gradients and the vmap refusal with them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnrt import execution
+from attnrt.errors import ArgumentError, GradientError
+from attnrt.operands import Operands, check_tensor
+from attnrt.recompute import SLOTS
+from attnrt.settings import reentered
+
+_TENSORS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? seqlens_q, "
+    "Tensor? seqlens_kv, Tensor? cu_seqlens_q, Tensor? cu_seqlens_kv, Tensor? page_table"
+)
+_OPTIONS = (
+    "str layout, bool causal, SymInt? window_left, SymInt? window_right, str? alignment, float? softcap, "
+    "float dropout_p, float? scale, SymInt? max_seqlen_q, SymInt? max_seqlen_kv, bool return_lse, bool? deterministic, "
+    "str? backend, str? policy, str blocks, str choice, bool[] grads"
+)
+"""As `attention` takes them. blocks: `override`s open around the call in the graph. choice: see `tracing.choose`.
+grads: which of q, k, v, bias and sinks want a gradient."""
+_OUTPUTS = "(Tensor out, Tensor lse, Tensor state)"
+"""lse: (B, Hq, Sq), "thd": (Hq, T), float64 for fp64; empty if nothing asks for it. state: see `recompute.pack`."""
+TENSORS, OPTIONS = 3 + len(Operands._fields), 17
+_GRADS = (0, 1, 2, 4, 6)
+"""Where q, k, v, bias and sinks stand among the tensors."""
+
+_library = torch.library.Library("attnrt", "DEF")
+_compliant = torch.Tag.pt2_compliant_tag
+_library.define(f"attention_forward({_TENSORS}, {_OPTIONS}) -> {_OUTPUTS}", tags=(_compliant,))
+# What draws random numbers is drawn again, not skipped or merged, and a recomputation restores the generator for it.
+_library.define(
+    f"attention_forward_dropout({_TENSORS}, {_OPTIONS}) -> {_OUTPUTS}",
+    tags=(_compliant, torch.Tag.nondeterministic_seeded),
+)
+_library.define(
+    f"attention_backward(Tensor grad, {_TENSORS}, Tensor out, Tensor lse, Tensor state, {_OPTIONS}, bool[] wanted) -> "
+    "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias, Tensor grad_sinks)",
+    tags=(_compliant,),
+)
+transform = torch._C._functorch.peek_interpreter_stack
+"""The innermost of torch.func's transforms that a call is under, or None."""
+FORWARD = torch.ops.attnrt.attention_forward.default
+FORWARD_DROPOUT = torch.ops.attnrt.attention_forward_dropout.default
+BACKWARD = torch.ops.attnrt.attention_backward.default
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    qkv, given, options = arguments[:3], arguments[3:TENSORS], arguments[TENSORS:]
+    if not options[14]:
+        return execution.forward(qkv, given, options)
+    with reentered(options[14]):
+        return execution.forward(qkv, given, options)
+
+
+def _backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    tensors, (out, lse, state) = arguments[:TENSORS], arguments[TENSORS : TENSORS + 3]
+    options, wanted = arguments[TENSORS + 3 : -1], arguments[-1]
+    return execution.backward(grad, tensors[:3], Operands(*tensors[3:]), (out, lse, state), options, wanted)
+
+
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    options = arguments[TENSORS - 3 :]
+    layout, return_lse, training = options[0], options[10], any(options[-1])
+    for name, tensor in {"q": q, "k": k, "v": v}.items():
+        check_tensor(name, tensor, layout)
+    shape = (*q.shape[:-1], v.shape[-1])
+    if layout == "bhsd":
+        batch, heads, length, dim = shape
+        out = q.new_empty((batch, length, heads, dim)).transpose(1, 2)
+    else:
+        out = q.new_empty(shape)
+    order = {"bhsd": (0, 1, 2), "bshd": (0, 2, 1), "sbhd": (1, 2, 0), "thd": (1, 0)}[layout]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse = q.new_empty([q.shape[i] for i in order] if training or return_lse else (0,), dtype=wide)
+    return out, lse, q.new_empty((SLOTS if training else 0,), dtype=torch.int64)
+
+
+def _backward_fake(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    leaves = [arguments[i] for i in _GRADS]
+    return tuple(
+        torch.empty_like(t) if wants else grad.new_empty((0,)) for t, wants in zip(leaves, arguments[-1], strict=True)
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:TENSORS], *output)
+    ctx.options = inputs[TENSORS:]
+    ctx.mark_non_differentiable(output[1], output[2])
+
+
+def _differentiate(ctx: Any, grad: Tensor, _lse: Tensor, _state: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = [ctx.needs_input_grad[i] for i in _GRADS]
+    if not any(ctx.options[-1]):
+        raise GradientError("attention ran as if nothing wanted a gradient, and kept nothing for a backward")
+    backward: Any = BACKWARD if transform() is None else TransformedBackward.apply
+    grads = backward(grad, *ctx.saved_tensors, *ctx.options, wanted)
+    found: list[Tensor | None] = [None] * (TENSORS + OPTIONS)
+    for i, wants, gradient in zip(_GRADS, wanted, grads, strict=True):
+        found[i] = gradient if wants else None
+    return tuple(found)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise GradientError("attention has no second derivative: no kernel computes it; leave create_graph=True out")
+
+
+def _refuse_vmap(info: Any, in_dims: Any, *arguments: Any) -> None:
+    q = next(a for a in arguments if isinstance(a, Tensor))
+    raise vmap_refused(q)
+
+
+class Transformed(torch.autograd.Function):
+    """The operator under torch.func.grad and its like, which do not differentiate operators of torch.library."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return FORWARD(*arguments)  # type: ignore[no-any-return]
+
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_differentiate)
+    vmap = staticmethod(_refuse_vmap)
+
+
+class TransformedBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return BACKWARD(*arguments)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    backward = staticmethod(_no_second_derivative)
+    vmap = staticmethod(_refuse_vmap)
+
+
+def vmap_refused(q: Tensor) -> ArgumentError:
+    return ArgumentError(
+        "q", q, "attention is inside torch.func.vmap, which no kernel takes: make the mapped dim part of the batch"
+    )
+
+
+for _name in ("attention_forward", "attention_forward_dropout"):
+    _library.impl(_name, _forward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"attnrt::{_name}", _forward_fake, lib=_library)
+    torch.library.register_autograd(f"attnrt::{_name}", _differentiate, setup_context=_save, lib=_library)
+    torch.library.register_vmap(f"attnrt::{_name}", _refuse_vmap, lib=_library)
+_library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("attnrt::attention_backward", _backward_fake, lib=_library)
+torch.library.register_autograd("attnrt::attention_backward", _no_second_derivative, lib=_library)
+torch.library.register_vmap("attnrt::attention_backward", _refuse_vmap, lib=_library)
