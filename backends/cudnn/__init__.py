@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from attnrt.backends.base import FEATURE_NAMES, Backend, linear_bytes
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attnrt.backends.base import FEATURE_NAMES, Backend, Reason, linear_bytes
 from attnrt.backends.cudnn.rules import RULES, full_matrix_bytes, workspace
 from attnrt.environment import Environment
 from attnrt.request import ITEMSIZE, AttentionRequest
+
+if TYPE_CHECKING:
+    from attnrt.backends.base import Backward, Forward, Run
 
 
 class CuDNN(Backend):
@@ -14,10 +20,16 @@ class CuDNN(Backend):
     name = "cudnn"
     title = "cuDNN"
     prefix = "CUDNN"
-    built = False
     # What is refused with a remedy has a rule of its own.
-    supports = FEATURE_NAMES - {"softcap", "empty"}
+    supports = FEATURE_NAMES - {"softcap", "empty"} | {"paged", "lse_backward"}
     rules = RULES
+    compiles = True
+
+    def disk_cache(self) -> Path | None:
+        """Its built plans."""
+        from attnrt.backends.cudnn.plans import default_store
+
+        return default_store().folder
 
     def bytes(self, request: AttentionRequest, environment: Environment) -> int:
         r = request
@@ -36,4 +48,33 @@ class CuDNN(Backend):
         return full_matrix_bytes(request, environment)
 
     def notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
-        return ("builds a plan once per shape, in 0.4 to 1.6 s",)
+        r = request
+        lengths = r.packed or (r.padded and r.layout != "bhsd")
+        said = [
+            "builds a plan once for each "
+            + ("bucket of lengths (128, 512, 2048, then powers of two)" if lengths else "shape")
+            + ", in 0.4 to 1.6 s; later processes load it from disk"
+        ]
+        if r.bias is not None and r.bias.strided:
+            said.append("copies the bias, whose rows are not contiguous")
+        if environment.simulated or environment.device_type != "cuda":
+            return tuple(said)
+        from attnrt.backends.cudnn.plans import PLANS
+
+        return (*said, f"in this process: {PLANS.counters}")
+
+    def answer(self, request: AttentionRequest, environment: Environment) -> tuple[Reason, ...]:
+        """What libcudnn's support check says, in its words."""
+        from attnrt.backends.cudnn.answers import answer  # imports cudnn
+
+        return answer(request, environment)
+
+    def prepare(self, request: AttentionRequest, environment: Environment) -> Run:
+        from attnrt.backends.cudnn.adapter import prepare
+
+        return prepare(request, environment)
+
+    def pair(self, request: AttentionRequest, environment: Environment) -> tuple[Forward, Backward]:
+        from attnrt.backends.cudnn.adapter import pair
+
+        return pair(request, environment)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from attnrt.backends.base import Rule, between, needs, needs_nvidia
+from attnrt.backends.cudnn.layouts import shape_of
 from attnrt.environment import Environment
 from attnrt.request import AttentionRequest
 
@@ -17,6 +18,7 @@ LIBRARY, FRONTEND = "cudnn", "nvidia-cudnn-frontend"
 _SURFACE = "cudnn-frontend SDPA support surface"
 _ENGINE = "cuDNN 9.19 support check"
 _TE = "Transformer Engine fused_attn.cpp"
+_MEASURED = "tests/gpu/test_cudnn.py with cuDNN 9.19 on an H200"
 
 
 def _needs(
@@ -38,6 +40,11 @@ def _bottom_right(r: AttentionRequest) -> bool:
 def _own_lengths(r: AttentionRequest) -> bool:
     """Each sequence has its own length, so cuDNN applies its padding mask."""
     return r.padded or r.packed
+
+
+def _one_query(r: AttentionRequest) -> bool:
+    """The graph has one query, and so kernels of its own: not where lengths are in buckets (layouts.shape_of)."""
+    return r.seqlen_q == 1 and not r.packed and not (r.padded and r.needs_grad)
 
 
 def _whole_blocks(r: AttentionRequest) -> bool:
@@ -137,6 +144,13 @@ _TENSORS = (
         "cudnn-frontend 1.32 stride check",
     ),
     Rule(
+        "CUDNN_EXPANDED",
+        lambda r, e: r.expanded,
+        "a dim of q, k or v is expanded (stride 0): the support check lets it pass, and the copy engine cannot read it",
+        "call .contiguous() on it",
+        "CUDA driver API, cuTensorMapEncodeTiled",
+    ),
+    Rule(
         "CUDNN_HEAD_DIM_MULTIPLE",
         lambda r, e: r.head_dim_qk % 8 != 0 or r.head_dim_v % 8 != 0,
         "head_dim {r.head_dim_qk}/{r.head_dim_v} is not a multiple of 8",
@@ -163,7 +177,7 @@ _TENSORS = (
     ),
     Rule(
         "CUDNN_HEAD_DIM_DECODE",
-        lambda r, e: r.head_dim > 128 and r.seqlen_q == 1 and r.banded and e.sm is not None and not _forward_256(r, e),
+        lambda r, e: r.head_dim > 128 and _one_query(r) and r.banded and e.sm is not None and not _forward_256(r, e),
         "head_dim {r.head_dim} is over 128, which on {e.arch} excludes causal or window with a single query",
         source=_TE,
     ),
@@ -212,8 +226,16 @@ _BACKWARD = (
         source=_TE,
     ),
     Rule(
+        "CUDNN_HEAD_DIM_BWD_LENGTHS",
+        lambda r, e: r.needs_grad and _own_lengths(r) and r.head_dim_qk != r.head_dim_v and _ampere_class(e),
+        "there is no backward on {e.arch} for packed or padded sequences with unequal head_dim "
+        "{r.head_dim_qk}/{r.head_dim_v}",
+        "pad q, k and v with zeros to one head_dim, pass scale=, and slice the output",
+        _ENGINE,
+    ),
+    Rule(
         "CUDNN_SINGLE_TOKEN_BWD",
-        lambda r, e: r.needs_grad and r.seqlen_q == 1 and r.seqlen_kv == 1,
+        lambda r, e: r.needs_grad and _one_query(r) and r.seqlen_kv == 1,
         "there is no backward for Sq={r.seqlen_q} with Skv={r.seqlen_kv}; one of them must be over 1",
         source=_ENGINE,
     ),
@@ -309,10 +331,18 @@ _SCORES = (
         _ENGINE,
     ),
     Rule(
-        "CUDNN_BIAS_GRAD_SHAPE",
-        lambda r, e: _bias_grad(r) and r.bias is not None and r.bias.shape[2] == 1 and r.seqlen_q > 1,
-        "a bias that wants a gradient is broadcast along the queries, and cuDNN needs all {r.seqlen_q} there",
-        "expand that dim of bias and call .contiguous()",
+        "CUDNN_BIAS_ROWS",
+        lambda r, e: r.needs_grad and r.bias is not None and r.bias.shape[2] == 1 and r.seqlen_q > 1,
+        "the bias is broadcast along the queries: the forward is right and the gradients of q, k and v are wrong; all "
+        "{r.seqlen_q} rows must be there",
+        "expand that dim of bias and call .contiguous(); where it only hides keys, pass seqlens_kv=",
+        _MEASURED,
+    ),
+    Rule(
+        "CUDNN_BIAS_GRAD_DTYPE",
+        lambda r, e: _bias_grad(r) and r.bias is not None and r.bias.dtype != r.dtype,
+        "a bias that wants a gradient must have q's dtype, {r.dtype}",
+        "cast the bias",
         _ENGINE,
     ),
     _needs(
@@ -320,6 +350,12 @@ _SCORES = (
         "9.5",
         lambda r, e: _bias_grad(r) and not _whole_blocks(r),
         "a gradient for the bias where Sq={r.seqlen_q} or Skv={r.seqlen_kv} is no multiple of 64",
+    ),
+    Rule(
+        "CUDNN_BIAS_GRAD_HEAD_DIM",
+        lambda r, e: _bias_grad(r) and r.head_dim > 128 and between(e, 100, 120),
+        "a gradient for the bias needs head dims up to 128 on {e.arch}; here {r.head_dim_qk}/{r.head_dim_v}",
+        source=_ENGINE,
     ),
     Rule(
         "CUDNN_BIAS_GRAD_DROPOUT",
@@ -331,9 +367,22 @@ _SCORES = (
     _needs("CUDNN_SINKS_PACKED_VERSION", "9.18", lambda r, e: r.sinks and r.packed, "sinks in packed sequences", _TE),
     Rule(
         "CUDNN_SINKS_DECODE",
-        lambda r, e: r.sinks and r.seqlen_q == 1,
+        lambda r, e: r.sinks and _one_query(r),
         "attention sinks need more than Sq={r.seqlen_q} query",
         source=_SURFACE,
+    ),
+    Rule(
+        "CUDNN_SINKS_LSE",
+        lambda r, e: r.sinks and r.needs_lse,
+        "cuDNN's log-sum-exp has the sinks in it, and where a sink outweighs the keys it cannot be had without them",
+        "leave return_lse out",
+    ),
+    _needs(
+        "CUDNN_SINKS_LENGTHS_GRAD_VERSION",
+        "9.26",
+        lambda r, e: r.sinks_grad and _own_lengths(r),
+        "a gradient for the sinks in packed or padded batches (earlier ones add up rows that nobody wrote)",
+        "measured on an H200, cuDNN 9.19; the library's notes name 9.26",
     ),
     Rule(
         "CUDNN_SINKS_DETERMINISTIC",
@@ -344,6 +393,20 @@ _SCORES = (
 )
 
 _PACKED = (
+    _needs("CUDNN_PAGED_VERSION", "9.5", lambda r, e: r.paged, "a paged KV cache"),
+    Rule(
+        "CUDNN_PAGED_DROPOUT",
+        lambda r, e: r.paged and r.dropout_p > 0 and _one_query(r),
+        "dropout ({r.dropout_p:g}) cannot be combined with a single query against a paged KV cache",
+        source=_ENGINE,
+    ),
+    Rule(
+        "CUDNN_PAGED_QUERIES",
+        lambda r, e: r.paged and r.seqlen_q > 1,
+        "with {r.seqlen_q} queries against pages, the engine that the library puts first lets NaN in a slot past a "
+        "sequence's last key reach the output; with one query it does not",
+        source=_MEASURED,
+    ),
     _needs("CUDNN_PACKED_VERSION", "9.1", lambda r, e: r.packed, "packed sequences"),
     _needs("CUDNN_PACKED_OFFSETS_VERSION", "9.5", lambda r, e: r.packed and _offset(r) >= 2**31, "64-bit offsets", _TE),
     _needs(
@@ -363,8 +426,8 @@ _PACKED = (
 _DETERMINISM = (
     Rule(
         "CUDNN_DETERMINISTIC_PACKED",
-        lambda r, e: r.needs_grad and r.deterministic and r.packed and _ampere_class(e),
-        "the backward for packed sequences is not deterministic on {e.arch}",
+        lambda r, e: r.needs_grad and r.deterministic and _own_lengths(r) and _ampere_class(e),
+        "the backward for packed or padded sequences is not deterministic on {e.arch}",
         source=_SURFACE,
     ),
     _needs(
@@ -402,18 +465,27 @@ def _full_matrix_dq(r: AttentionRequest, e: Environment) -> bool:
 
 def full_matrix_bytes(r: AttentionRequest, e: Environment) -> int:
     """The part of the backward's workspace that is as large as the scores."""
-    return r.scores * 2 if _full_matrix_dq(r, e) or (r.needs_grad and _bias_grad(r)) else 0
+    if not (_full_matrix_dq(r, e) or (r.needs_grad and _bias_grad(r))):
+        return 0
+    shape = shape_of(r, e.sm or 90)  # as large as the buckets, not as the sequences
+    return 2 * (shape.batch * r.heads_q * shape.seqlen_q * shape.seqlen_kv if shape.ragged else r.scores)
 
 
 def workspace(r: AttentionRequest, e: Environment) -> int:
     """Bytes of the backward's workspace, as cuDNN 9.19 reports them. The forward's is next to nothing."""
     if not r.needs_grad:
         return 0
-    # Ampere-class engines ignore how many tokens a packed batch really has.
-    tokens = r.batch * r.seqlen_q if r.packed and _ampere_class(e) else r.tokens_q
+    shape = shape_of(r, e.sm or 90)
+    tokens = shape.most_tokens_q or shape.batch * _whole(shape.seqlen_q)
+    tokens_kv = shape.most_tokens_kv or shape.batch * _whole(shape.seqlen_kv)
     total = tokens * r.heads_q * 4 + full_matrix_bytes(r, e)
     if not _full_matrix_dq(r, e):
         total += tokens * r.heads_q * r.head_dim_qk * 4 * (2 if _ampere_class(e) else 1)
     if r.heads_q != r.heads_kv:
-        total += r.tokens_kv * r.heads_q * (r.head_dim_qk + r.head_dim_v) * r.itemsize
+        total += tokens_kv * r.heads_q * (r.head_dim_qk + r.head_dim_v) * r.itemsize
     return total
+
+
+def _whole(length: int) -> int:
+    """In whole tiles."""
+    return -(-length // 128) * 128

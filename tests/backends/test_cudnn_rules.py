@@ -14,7 +14,7 @@ from attnrt.backends.base import reasons
 from attnrt.backends.cudnn import CuDNN
 from attnrt.backends.cudnn.rules import workspace
 from attnrt.environment import NAMED, Environment
-from attnrt.request import AttentionRequest
+from attnrt.request import AttentionRequest, Operand
 
 BACKEND = CuDNN()
 MIB = 1 << 20
@@ -62,6 +62,7 @@ ONE_BY_ONE: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("CUDNN_DTYPE", {"dtype": "fp8_e4m3"}, {}, {"dtype": "bf16"}),
     ("CUDNN_STRIDED_LAST_DIM", {"_strides": "last_dim"}, {}, {"_strides": "strided"}),
     ("CUDNN_UNALIGNED", {"_aligned": False}, {}, {"_aligned": True}),
+    ("CUDNN_EXPANDED", {"_expanded": True}, {}, {"_expanded": False}),
     ("CUDNN_HEAD_DIM_MULTIPLE", {"head_dim": 100}, {}, {"head_dim": 104}),
     ("CUDNN_HEAD_DIM_MULTIPLE", {"head_dim_v": 68}, {}, {"head_dim_v": 72}),
     ("CUDNN_HEAD_DIM_SM90", {"head_dim": 256}, {"cudnn": "9.0"}, {"cudnn": "9.1"}),
@@ -116,6 +117,24 @@ ONE_BY_ONE: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         {"arch": "sm100", "cudnn": "9.25"},
         {"window": (128, 0)},
     ),
+    (
+        "CUDNN_HEAD_DIM_BWD_LENGTHS",
+        {"head_dim": 64, "head_dim_v": 128, "packed": True, **TRAIN},
+        {"arch": "sm80"},
+        {"head_dim_v": 64},
+    ),
+    (
+        "CUDNN_HEAD_DIM_BWD_LENGTHS",
+        {"head_dim": 128, "head_dim_v": 64, "padded": True, **TRAIN},
+        {"arch": "sm120"},
+        {"arch": "sm90"},
+    ),
+    (
+        "CUDNN_BIAS_GRAD_HEAD_DIM",
+        {**BIAS_GRAD, "head_dim": 192, "head_dim_v": 128, "seqlen_q": 1024},
+        {"arch": "sm100"},
+        {"arch": "sm90"},
+    ),
     ("CUDNN_SINGLE_TOKEN_BWD", {"seqlen_q": 1, **TRAIN}, {}, {"seqlen_q": 2}),
     ("CUDNN_WINDOW_VERSION", {"causal": True, "window": (128, 0)}, {"cudnn": "9.1"}, {"cudnn": "9.2"}),
     ("CUDNN_WINDOW_LENGTHS_VERSION", {"window": (None, 64)}, {"cudnn": "9.5"}, {"cudnn": "9.6"}),
@@ -149,17 +168,33 @@ ONE_BY_ONE: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("CUDNN_EMPTY", {"batch": 0}, {}, {"batch": 1}),
     ("CUDNN_BIAS_LENGTHS", {"bias": True, "packed": True}, {}, {"packed": False}),
     ("CUDNN_BIAS_SHAPE", {"bias": (1, 1, 1024, 1)}, {}, {"bias": (1, 1, 1024, 1024)}),
+    ("CUDNN_BIAS_ROWS", {"bias": (2, 1, 1, 1024), "training": True}, {}, {"training": False}),
     (
-        "CUDNN_BIAS_GRAD_SHAPE",
-        {**BIAS_GRAD, "bias": (2, 1, 1, 1024)},
+        "CUDNN_PAGED_DROPOUT",
+        {"padded": True, "page_size": 16, "seqlen_q": 1, "seqlen_kv": 64, "dropout_p": 0.1},
         {},
-        {"bias": (2, 1, 1024, 1024)},
+        {"dropout_p": 0.0},
+    ),
+    ("CUDNN_PAGED_QUERIES", {"padded": True, "page_size": 16, "seqlen_q": 4, "seqlen_kv": 64}, {}, {"seqlen_q": 1}),
+    (
+        "CUDNN_BIAS_GRAD_DTYPE",
+        {**BIAS_GRAD, "_bias": Operand((2, 16, 1024, 1024), "fp32", True)},
+        {},
+        {"_bias": Operand((2, 16, 1024, 1024), "bf16", True)},
     ),
     ("CUDNN_BIAS_GRAD_VERSION", {**BIAS_GRAD, "seqlen_q": 1000}, {"cudnn": "9.4"}, {"cudnn": "9.5"}),
     ("CUDNN_BIAS_GRAD_DROPOUT", {**BIAS_GRAD, "dropout_p": 0.1}, {"arch": "sm100"}, {"bias_grad": False}),
     ("CUDNN_SINKS_VERSION", {"sinks": True}, {"cudnn": "9.13.0"}, {"cudnn": "9.13.1"}),
     ("CUDNN_SINKS_PACKED_VERSION", {"sinks": True, "packed": True}, {"cudnn": "9.17"}, {"cudnn": "9.18"}),
+    (
+        "CUDNN_SINKS_LENGTHS_GRAD_VERSION",
+        {"sinks": True, "packed": True, "training": True},
+        {"cudnn": "9.25"},
+        {"cudnn": "9.26"},
+    ),
     ("CUDNN_SINKS_DECODE", {"sinks": True, "seqlen_q": 1, "seqlen_kv": 64}, {}, {"seqlen_q": 2}),
+    ("CUDNN_SINKS_LSE", {"sinks": True, "return_lse": True}, {}, {"return_lse": False}),
+    ("CUDNN_PAGED_VERSION", {"page_size": 64, "seqlen_q": 1, "seqlen_kv": 1024}, {"cudnn": "9.4"}, {"cudnn": "9.5"}),
     ("CUDNN_SINKS_DETERMINISTIC", {"sinks": True, **DET}, {}, {"deterministic": False}),
     ("CUDNN_PACKED_VERSION", {"packed": True}, {"cudnn": "9.0"}, {"cudnn": "9.1"}),
     ("CUDNN_PACKED_OFFSETS_VERSION", {"packed": True, "_tokens_q": 1 << 20}, {"cudnn": "9.4"}, {"cudnn": "9.5"}),
@@ -272,7 +307,6 @@ MEASURED: list[tuple[str, dict[str, Any], str, str]] = [
     ("window Sq>Skv", {"window": (127, 0), "seqlen_q": 2048, "seqlen_kv": 1024, **TL}, "-----", "-----"),
     ("bias 1HSS", {"bias": (1, 16, 1024, 1024)}, "yyyyy", "yyyyy"),
     ("bias BHSS", {"bias": True}, "yyyyy", "yyyyy"),
-    ("bias B11S", {"bias": (2, 1, 1, 1024)}, "yyyyy", "yyyyy"),
     ("bias causal", {"bias": (1, 16, 1024, 1024), "causal": True}, "yyyyy", "yyyyy"),
     ("bias gradient 1HSS", {"bias": (1, 16, 1024, 1024), "bias_grad": True}, ".....", "yyyyy"),
     ("bias gradient BHSS", {"bias": True, "bias_grad": True}, ".....", "yyyyy"),

@@ -1,0 +1,45 @@
+/* A libcuda.so.1 for a machine without a GPU: what libcudnn needs to be loaded, to choose an engine and to compile it.
+ * Nothing runs: a call that would need a device fails with CUDA_ERROR_NO_DEVICE, one that only hands out a module, a
+ * kernel or an attribute succeeds, as plans are finished by loading what was compiled. */
+enum { SUCCESS = 0, NO_DEVICE = 100 };
+#define FAILS(name) int name(void) { return NO_DEVICE; }
+#define SUCCEEDS(name) int name(void) { return SUCCESS; }
+#define HANDS_OUT(name) int name(void **object) { *object = (void *)0x1000; return SUCCESS; }
+
+HANDS_OUT(cuKernelGetFunction)
+HANDS_OUT(cuLibraryGetKernel)
+HANDS_OUT(cuLibraryLoadData)
+HANDS_OUT(cuModuleGetFunction)
+HANDS_OUT(cuModuleLoadData)
+SUCCEEDS(cuFuncSetAttribute)
+SUCCEEDS(cuKernelSetAttribute)
+SUCCEEDS(cuLibraryUnload)
+SUCCEEDS(cuModuleUnload)
+FAILS(cuCtxGetCurrent)
+FAILS(cuCtxGetLimit)
+FAILS(cuCtxPopCurrent)
+FAILS(cuCtxPushCurrent)
+FAILS(cuDeviceGet)
+FAILS(cuDeviceGetCount)
+FAILS(cuDriverGetVersion)
+FAILS(cuFuncGetAttribute)
+FAILS(cuGetErrorName)
+FAILS(cuGetErrorString)
+FAILS(cuGetExportTable)
+FAILS(cuGetProcAddress)
+FAILS(cuGetProcAddress_v2)
+FAILS(cuInit)
+FAILS(cuKernelGetAttribute)
+FAILS(cuLaunchCooperativeKernel)
+FAILS(cuLaunchKernel)
+FAILS(cuLaunchKernelEx)
+FAILS(cuLibraryLoadFromFile)
+FAILS(cuLinkAddData)
+FAILS(cuLinkComplete)
+FAILS(cuLinkCreate)
+FAILS(cuLinkDestroy)
+FAILS(cuOccupancyMaxActiveBlocksPerMultiprocessor)
+FAILS(cuOccupancyMaxPotentialClusterSize)
+FAILS(cuStreamGetCtx)
+FAILS(cuTensorMapEncodeIm2col)
+FAILS(cuTensorMapEncodeTiled)

@@ -1,0 +1,148 @@
+"""Our rules beside the real libcudnn's own verdicts, for GPUs that are not here (`make test-cudnn`).
+
+Hundreds of requests are put to the support check; of those that our rules accept, a sample has its plans built in full.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from attnrt.backends.base import reasons
+from attnrt.backends.cudnn import CuDNN
+from attnrt.backends.cudnn.rules import workspace
+from attnrt.environment import Environment
+from attnrt.errors import ArgumentError
+from attnrt.request import AttentionRequest
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("cudnn") is None, reason="needs attnrt[cudnn-deviceless]: make test-cudnn"
+)
+BACKEND = CuDNN()
+GPUS = ("a100", "h200", "b200")
+PARTS, OF_EACH = 4, 150
+"""Parts run side by side; requests of each, for every GPU."""
+BUILT = 4
+"""Requests of each part and GPU whose plans are built."""
+STRICTER = {
+    "CUDNN_SCALE": "the library multiplies by any scale, and hides before it does",
+    "CUDNN_BIAS_ROWS": "the support check lets a bias of one row pass; on an H200 its gradients were wrong",
+    "CUDNN_PAGED_QUERIES": "the support check knows nothing of NaN in unused slots",
+    "CUDNN_BIAS_SHAPE": "the support check lets a bias of one column pass in places; nobody has tried the numbers",
+    "CUDNN_BIAS_LENGTHS": "Transformer Engine refuses it, and nobody has tried the numbers",
+    "CUDNN_BOTTOM_RIGHT_BIAS": "the frontend documents it as excluded, and its check looks at causal masks alone",
+    "CUDNN_BOTTOM_RIGHT_DROPOUT": "the frontend documents it as excluded, and its check looks at causal masks alone",
+    "CUDNN_HEAD_DIM_DECODE": "Transformer Engine refuses it, and nobody has tried the numbers",
+    "CUDNN_SINKS_LSE": "the library's LSE is of another definition",
+    "CUDNN_SINKS_LENGTHS_GRAD_VERSION": "the support check lets it pass; on an H200 the sinks' gradient was garbage",
+    "CUDNN_SINKS_DETERMINISTIC": "the library takes the flag and sums the sinks' gradient in any order",
+    "CUDNN_DETERMINISTIC_SM120": "Transformer Engine does not trust it",
+}
+"""Rules that refuse what the library takes, and why."""
+LOOSER: tuple[tuple[str, Callable[[AttentionRequest], bool]], ...] = (
+    (
+        "dropout for one query with head dims over 128",
+        lambda r: r.seqlen_q == 1 and r.dropout_p > 0 and r.head_dim > 128,
+    ),
+)
+"""What the library refuses and no rule foresees, as too rare for one: the report has the library's words then."""
+
+
+def drawn(rng: random.Random) -> AttentionRequest:
+    """A request that a user might make; odd ones more often than they do."""
+    while True:
+        heads_kv = rng.choice((1, 2, 4, 8))
+        dim = rng.choice((32, 64, 64, 72, 96, 128, 128, 160, 192, 256))
+        seqlen = rng.choice((1, 17, 64, 128, 1000, 1024, 2048))
+        o: dict[str, Any] = {
+            "batch": rng.choice((1, 2, 3, 8)),
+            "heads_q": heads_kv * rng.choice((1, 1, 4, 8)),
+            "heads_kv": heads_kv,
+            "seqlen_q": seqlen,
+            "seqlen_kv": rng.choice((seqlen, seqlen, 64, 640, 1000, 2048)),
+            "head_dim": dim,
+            "head_dim_v": rng.choice((dim, dim, dim, 128, 64)),
+            "dtype": rng.choice(("bf16", "fp16")),
+            "layout": rng.choice(("bhsd", "bshd", "sbhd")),
+            "alignment": rng.choice(("top_left", "bottom_right")),
+            "training": rng.random() < 0.5,
+            "return_lse": rng.random() < 0.3,
+        }
+        kind = rng.choice(("causal", "causal", "full", "left", "band"))
+        if kind == "causal":
+            o["causal"] = True
+        elif kind != "full":
+            o["window"] = {"left": (127, 0), "band": (64, 64)}[kind]
+        lengths = rng.choice(("none", "none", "padded", "packed", "paged"))
+        if lengths == "packed":
+            o |= {"packed": True, "layout": "thd"}
+        elif lengths != "none":
+            o["padded"] = True
+        if lengths == "paged":
+            o |= {"page_size": rng.choice((16, 64)), "training": False, "layout": rng.choice(("bhsd", "bshd"))}
+            o |= {"seqlen_kv": 640, "seqlen_q": rng.choice((1, 1, 4))}
+        extra = rng.choice(("none", "none", "none", "bias", "dropout", "sinks", "deterministic", "scale"))
+        if extra == "bias":
+            full = (o["batch"], o["heads_q"], o["seqlen_q"], o["seqlen_kv"])
+            o["bias"] = tuple(n if rng.random() < 0.7 else 1 for n in full)
+            o["bias_grad"] = o["training"] and rng.random() < 0.5
+        elif extra != "none":
+            o |= {"dropout": {"dropout_p": 0.1}, "sinks": {"sinks": True}, "scale": {"scale": 0.0}}.get(
+                extra, {"deterministic": True}
+            )
+        try:
+            return AttentionRequest.from_shape(**o)
+        except ArgumentError:
+            continue
+
+
+def requests(part: int) -> list[AttentionRequest]:
+    rng = random.Random(part)
+    return [drawn(rng) for _ in range(OF_EACH)]
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_rules_and_library_agree(gpu: str, part: int) -> None:
+    from attnrt.backends.cudnn.deviceless import ask
+
+    here, wrong, both = Environment.named(gpu), [], Counter[bool]()
+    for r in requests(part):
+        ours, theirs = reasons(BACKEND.all_rules, r, here), ask(r, gpu)
+        both[theirs.eligible] += 1
+        if theirs.eligible and any(reason.rule not in STRICTER for reason in ours):
+            wrong.append(f"only we refuse {r.describe()}: {', '.join(reason.rule for reason in ours)}")
+        if not theirs.eligible and not ours:
+            said = theirs.refusals[0].message
+            if not any(foreseen(r) for _, foreseen in LOOSER):
+                wrong.append(f"only the library refuses {r.describe()}: {said}")
+    assert not wrong, "\n".join(wrong)
+    assert min(both[True], both[False]) >= OF_EACH // 20, both
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_what_the_rules_accept_gets_a_plan(gpu: str, part: int) -> None:
+    from attnrt.backends.cudnn.deviceless import ask
+
+    here, tried = Environment.named(gpu), 0
+    for r in random.Random(part).sample(requests(part), OF_EACH):
+        if tried < BUILT and not reasons(BACKEND.all_rules, r, here):
+            said = ask(r, gpu, build=True)
+            assert said.eligible, (r.describe(), said.refusals)
+            assert len(said.workspace) == (2 if r.needs_grad else 1)
+            if r.needs_grad:
+                estimate = workspace(r, here)
+                assert said.workspace[1] <= 1.02 * estimate + (1 << 20), (r.describe(), said.workspace, estimate)
+            tried += 1
+    assert tried == BUILT
+
+
+def test_no_difference_is_listed_that_is_none() -> None:
+    """A rule that the library bears out by now is no longer stricter."""
+    assert set(STRICTER) <= {rule.id for rule in BACKEND.all_rules}
