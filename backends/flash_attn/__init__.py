@@ -2,31 +2,97 @@
 
 from __future__ import annotations
 
+import os
 from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from attnrt.backends.base import FEATURE_NAMES, Backend, linear_bytes
+from attnrt.backends.base import FEATURE_NAMES, Backend, Reason, linear_bytes
 from attnrt.backends.flash_attn import fa2_rules, fa3_rules, fa4_rules
+from attnrt.backends.flash_attn.common import cut
 from attnrt.environment import Environment
 from attnrt.request import AttentionRequest
+
+if TYPE_CHECKING:
+    from attnrt.backends.base import Run
+    from attnrt.backends.flash_attn.discovery import Library
 
 _NEVER = frozenset({"mask", "bias", "bias_grad", "empty"})
 
 
-class FlashAttention2(Backend):
+class FlashAttention(Backend):
+    """One generation: rules that need nothing installed, and an adapter that loads the package when a call needs it."""
+
+    family = "flash_attn"
+    generation: ClassVar[int]
+    package: ClassVar[str]
+    dispensable: ClassVar[frozenset[str]] = frozenset()
+    """Arguments without which an older build does what they ask for."""
+
+    def answer(self, request: AttentionRequest, environment: Environment) -> tuple[Reason, ...]:
+        """What the package here says for itself: that it does not load, was built for other GPUs, or has other
+        functions than the adapter calls."""
+        from attnrt.backends.flash_attn.discovery import GENERATIONS, Library, built_elsewhere
+
+        found = self._load(environment)
+        if not isinstance(found, Library):
+            return (found,)
+        if (elsewhere := built_elsewhere(GENERATIONS[self.generation], environment)) is not None:
+            return (elsewhere,)
+        how = self.adapter().call(request, environment)
+        if missing := [n for n in found.lacks(how.function, how.arguments) if n not in self.dispensable]:
+            return (self._unknown_arguments(found, how.function, missing),)
+        return self.left_out(request, found)
+
+    def left_out(self, request: AttentionRequest, library: Library) -> tuple[Reason, ...]:
+        """What the installed build was made without."""
+        return ()
+
+    def prepare(self, request: AttentionRequest, environment: Environment) -> Run:
+        found = self._load(environment)
+        if isinstance(found, Reason):
+            raise RuntimeError(f"{found.message}; {found.remedy}")
+        run: Run = self.adapter().prepare(request, environment, found)
+        return run
+
+    def adapter(self) -> Any:
+        """The module with `call` and `prepare` for this generation."""
+        from importlib import import_module
+
+        return import_module(f"attnrt.backends.flash_attn.fa{self.generation}")
+
+    def _load(self, environment: Environment) -> Library | Reason:
+        from attnrt.backends.flash_attn.discovery import load
+
+        return load(self.generation, environment.version(self.package) or "", self.disk_cache())
+
+    def disk_cache(self) -> Path | None:
+        """Where it keeps what it compiles, if it compiles."""
+        return None
+
+    def _unknown_arguments(self, found: Library, function: str, missing: list[str]) -> Reason:
+        return Reason(
+            f"{self.prefix}_SIGNATURE",
+            f"{function} of {self.package} {found.version} has no argument {', '.join(missing)}, which this call needs",
+            f"install a version of {self.package} that has it; attnrt calls the one described in docs/rules.md",
+        )
+
+
+class FlashAttention2(FlashAttention):
     """The widest reach in GPUs, and the only generation with ALiBi and dropout."""
 
     name = "flash_attn_2"
     title = "flash-attn 2"
     prefix = "FA2"
-    family = "flash_attn"
-    built = False
+    generation = 2
+    package = fa2_rules.PACKAGE
     # What is refused with a remedy has a rule of its own.
-    supports = FEATURE_NAMES - _NEVER - {"sinks"}
+    supports = (FEATURE_NAMES | {"paged"}) - _NEVER - {"sinks"}
     rules = fa2_rules.RULES
 
     def bytes(self, request: AttentionRequest, environment: Environment) -> int:
         r = request
-        total = linear_bytes(r)
+        total = _linear(r)
         if not r.needs_grad:
             return total
         if r.heads_q != r.heads_kv:  # dk and dv of every query head, summed afterwards
@@ -36,41 +102,95 @@ class FlashAttention2(Backend):
     def notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
         if request.padded_kv:
             return ("padded keys run by flash_attn_with_kvcache",)
+        said = (_CUT,) if cut(request) else ()
         copies = _dq_copies(request, environment)
-        return (f"a deterministic backward keeps {copies} float32 copies of dq",) if copies > 1 else ()
+        return (*said, f"a deterministic backward keeps {copies} float32 copies of dq") if copies > 1 else said
 
 
-class FlashAttention3(Backend):
+class FlashAttention3(FlashAttention):
     """The fastest published kernels for sm90."""
 
     name = "flash_attn_3"
     title = "flash-attn 3"
     prefix = "FA3"
-    family = "flash_attn"
-    built = False
-    supports = FEATURE_NAMES - _NEVER - {"alibi", "sinks", "dropout"}
+    generation = 3
+    package = fa3_rules.PACKAGE
+    dispensable = frozenset({"return_attn_probs"})
+    supports = (FEATURE_NAMES | {"paged"}) - _NEVER - {"alibi", "sinks", "dropout"}
     rules = fa3_rules.RULES
 
     def bytes(self, request: AttentionRequest, environment: Environment) -> int:
-        return linear_bytes(request) + _grouped_accumulators(request)
+        return _linear(request) + _grouped_accumulators(request)
+
+    def notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
+        if request.packed:
+            return (_STRAY,)
+        if cut(request):
+            return (_CUT,)
+        return (_ONE_PAGE_EACH,) if request.padded_kv and not request.paged else ()
+
+    def left_out(self, request: AttentionRequest, library: Library) -> tuple[Reason, ...]:
+        from attnrt.backends.flash_attn import fa3
+
+        return fa3.left_out(request, library)
 
 
-class FlashAttention4(Backend):
+class FlashAttention4(FlashAttention):
     """Written in CuTe DSL for sm100 and sm90, compiled at the first call of each kind."""
 
     name = "flash_attn_4"
     title = "flash-attn 4"
     prefix = "FA4"
-    family = "flash_attn"
-    built = False
-    supports = FEATURE_NAMES - _NEVER - {"alibi", "dropout"}
+    generation = 4
+    package = fa4_rules.PACKAGE
+    compiles = True
+    supports = (FEATURE_NAMES | {"paged"}) - _NEVER - {"alibi", "dropout"}
     rules = fa4_rules.RULES
 
     def bytes(self, request: AttentionRequest, environment: Environment) -> int:
-        return linear_bytes(request) + _grouped_accumulators(request)
+        return _linear(request) + _grouped_accumulators(request)
 
     def notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
-        return ("compiles once per shape class, in 2 to 4 s for each of forward and backward",)
+        from attnrt.backends.flash_attn import fa4
+
+        said = [_COMPILES]
+        if (took := fa4.first_calls.get(request)) and not environment.simulated:
+            halves = ", ".join(f"the first {half} in this process took {s:.1f} s" for half, s in took.items())
+            said[0] += f"; {halves}"
+        if fa4.by_rows(request, environment):
+            said.append(_ONE_PAGE_EACH)
+        if fa4.sinks_by_lse(request):
+            said.append("applies the sinks to its output by the log-sum-exp")
+        if request.packed:
+            said.append(_STRAY)
+        if cut(request):
+            said.append(_CUT)
+        return tuple(said)
+
+    def disk_cache(self) -> Path | None:
+        """Its own cache of compiled kernels on disk, apart for each torch: its key does not have the CUDA flavour.
+        Another folder, or none, where the package's own variables say so."""
+        import torch
+
+        from attnrt.backends.flash_attn.discovery import CACHE_DIR, CACHE_ENABLED
+        from attnrt.runtime import variables
+
+        if CACHE_DIR in os.environ or CACHE_ENABLED in os.environ:
+            wanted = os.environ.get(CACHE_ENABLED) == "1" and os.environ.get(CACHE_DIR)
+            return Path(wanted) if wanted else None
+        return variables().cache_dir / "flash_attn_4" / f"torch-{torch.__version__}"
+
+
+_CUT = "reads the first Sq keys, all that a top-left causal mask shows to any query"
+_ONE_PAGE_EACH = "the cache is read as one page a sequence, so that no key past its end is read"
+_STRAY = "tokens after the last sequence must be finite numbers: its last tile weighs them with 0"
+_COMPILES = "compiles once for each kind of call, in 2 to 4 s for each of forward and backward, and keeps it on disk"
+
+
+def _linear(r: AttentionRequest) -> int:
+    """As `linear_bytes`, with the gradients of the first Sq keys apart from those of all, where only these are read."""
+    twice = r.batch * r.seqlen_q * r.heads_kv * (r.head_dim_qk + r.head_dim_v) * r.itemsize
+    return linear_bytes(r) + (twice if r.needs_grad and cut(r) else 0)
 
 
 def _rounded(head_dim: int) -> int:

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 from attnrt.backends.base import Rule, needs_nvidia
+from attnrt.request import AttentionRequest
 
 
-def common(prefix: str, title: str, package: str, install: str) -> tuple[Rule, ...]:
-    """Device, package, dtype, strides, alignment and padding: the same in each generation."""
+def cut(r: AttentionRequest) -> bool:
+    """Under a top-left causal mask no query sees a key from Sq on, and without those it is the bottom-right mask."""
+    return r.alignment == "top_left" and r.right == 0 and r.seqlen_q < r.seqlen_kv and not (r.packed or r.padded)
+
+
+def common(prefix: str, title: str, package: str, install: str, next_major: str) -> tuple[Rule, ...]:
+    """Device, package, dtype, strides, alignment and padding: the same in each generation.
+
+    next_major: the version from which the package is another generation than the one these rules describe.
+    """
     pack = "pack the sequences: layout='thd' with cu_seqlens_q= and cu_seqlens_kv="
     return (
         needs_nvidia(prefix, title),
         Rule(f"{prefix}_INSTALLED", lambda r, e: e.version(package) is None, f"{package} is not installed", install),
+        Rule(
+            f"{prefix}_TOO_NEW",
+            lambda r, e: e.has(package, f">={next_major}.dev0"),
+            f"{package} {{version}} is a later generation than {title}, whose functions this adapter calls",
+            f"pip install '{package}<{next_major}'",
+            "each generation so far has had functions and meanings of its own",
+            package,
+        ),
         Rule(
             f"{prefix}_DTYPE",
             lambda r, e: r.dtype not in ("fp16", "bf16"),
@@ -48,9 +65,9 @@ def common(prefix: str, title: str, package: str, install: str) -> tuple[Rule, .
         ),
         Rule(
             f"{prefix}_TOP_LEFT",
-            lambda r, e: r.alignment == "top_left",
+            lambda r, e: r.alignment == "top_left" and not cut(r),
             f"{title} aligns bottom-right only, which is another mask where Sq={{r.seqlen_q}} and "
-            "Skv={r.seqlen_kv} differ or vary",
+            "Skv={r.seqlen_kv} differ or vary (a causal one over Sq < Skv alone can be had)",
             "use alignment='bottom_right' if that is what you mean",
             f"{title} interface",
         ),

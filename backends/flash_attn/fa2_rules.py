@@ -19,7 +19,7 @@ def _small_shared_memory_bwd(r: AttentionRequest, e: Environment) -> bool:
 
 
 RULES = (
-    *common("FA2", "flash-attn 2", PACKAGE, "pip install 'attnrt[flash]' --no-build-isolation"),
+    *common("FA2", "flash-attn 2", PACKAGE, "pip install 'attnrt[flash]' --no-build-isolation", "3"),
     Rule("FA2_ARCH", lambda r, e: between(e, 0, 80), "{e.arch} is older than sm80, flash-attn 2's first", source=_API),
     needs("FA2_VERSION", PACKAGE, "2.1.1", lambda r, e: True, "bottom-right alignment", source=_TE),
     needs("FA2_SM100_VERSION", PACKAGE, "2.7.3", lambda r, e: between(e, 100), "{e.arch}", source=_TE),
@@ -88,6 +88,36 @@ RULES = (
         lambda r, e: r.softcap is not None and r.dropout_p > 0,
         "softcap ({r.softcap:g}) cannot be combined with dropout ({r.dropout_p:g})",
         source=_API,
+    ),
+    needs(
+        "FA2_PACKED_LSE_VERSION",
+        PACKAGE,
+        "2.6",
+        lambda r, e: r.packed and r.needs_lse,
+        "the log-sum-exp of packed sequences as (Hq, T)",
+        source="flash-attn 2.5.9 and 2.6.0 flash_api.cpp",
+    ),
+    Rule(
+        "FA2_DROPOUT_LSE",
+        lambda r, e: r.dropout_p > 0 and r.needs_lse,
+        "with dropout ({r.dropout_p:g}) the log-sum-exp comes only together with all B * Hq * Sq * Skv dropped weights",
+        source="flash-attn 2.8.3 flash_attn_interface.py",
+    ),
+    Rule(
+        "FA2_ALIBI_PACKED_LSE",
+        lambda r, e: r.alibi is not None and r.is_causal and r.packed and r.needs_lse,
+        "under a causal mask flash-attn 2 counts ALiBi from key 0, which its log-sum-exp shows: packed sequences are "
+        "not corrected for it",
+        "use a dense layout, or another backend",
+        "flash-attn 2.8.3 alibi.h",
+    ),
+    needs("FA2_PAGED_VERSION", PACKAGE, "2.5", lambda r, e: r.paged, "a paged KV cache", source=_README),
+    Rule(
+        "FA2_PAGE_SIZE",
+        lambda r, e: r.page_size is not None and r.page_size % 256 != 0,
+        "page_size {r.page_size} is not a multiple of 256, which flash-attn 2 needs",
+        "use pages of 256 keys",
+        _API,
     ),
     needs(
         "FA2_PADDING_VERSION",

@@ -39,8 +39,10 @@ def broken(backend: Backend, r: AttentionRequest, e: Environment) -> list[str]:
 
 TRAIN = {"training": True}
 DET = {"training": True, "deterministic": True}
-TOP_LEFT = {"causal": True, "seqlen_kv": 2048, "alignment": "top_left"}
+TOP_LEFT = {"window": (128, 64), "seqlen_kv": 2048, "alignment": "top_left"}
 KV_PADDED = {"_padded_kv": True}
+LATER = {"FA2": ("3.0.0", "2.9.0"), "FA3": ("4.0.0", "3.9.0"), "FA4": ("5.0.0b1", "4.9.0")}
+"""The next generation's first version, and the last of this one's."""
 
 # rule, request and environment that break it and nothing else, what to change to be just inside
 Row = tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]
@@ -49,6 +51,7 @@ Row = tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]
 def shared(prefix: str) -> list[Row]:
     return [
         (f"{prefix}_INSTALLED", {}, {"version": None}, {"version": ""}),
+        (f"{prefix}_TOO_NEW", {}, {"version": LATER[prefix][0]}, {"version": LATER[prefix][1]}),
         (f"{prefix}_DTYPE", {"dtype": "fp32"}, {}, {"dtype": "fp16"}),
         (f"{prefix}_DTYPE", {"dtype": "fp8_e4m3"}, {}, {"dtype": "bf16"}),
         (f"{prefix}_HEAD_DIM_MULTIPLE", {"head_dim": 100}, {}, {"head_dim": 104}),
@@ -56,6 +59,13 @@ def shared(prefix: str) -> list[Row]:
         (f"{prefix}_UNALIGNED", {"_aligned": False}, {}, {"_aligned": True}),
         (f"{prefix}_SCALE", {"scale": -0.125}, {}, {"scale": 0.125}),
         (f"{prefix}_TOP_LEFT", TOP_LEFT, {}, {"alignment": "bottom_right"}),
+        (f"{prefix}_TOP_LEFT", TOP_LEFT, {}, {"window": (128, 0)}),
+        (
+            f"{prefix}_TOP_LEFT",
+            {"causal": True, "seqlen_q": 2048, "seqlen_kv": 1024, "alignment": "top_left"},
+            {},
+            {"seqlen_kv": 4096},
+        ),
         (f"{prefix}_PADDING_Q", {"_padded_q": True}, {}, KV_PADDED),
         (f"{prefix}_PADDING_BWD", {**KV_PADDED, **TRAIN}, {}, {"training": False}),
         (f"{prefix}_MASK", {"mask": True}, {}, {"mask": False}),
@@ -105,6 +115,16 @@ ROWS: dict[str, list[Row]] = {
         ("FA2_DETERMINISTIC_VERSION", DET, {"version": "2.4.0"}, {"version": "2.4.1"}),
         ("FA2_SOFTCAP_VERSION", {"softcap": 30.0}, {"version": "2.5.9"}, {"version": "2.6.0"}),
         ("FA2_SOFTCAP_DROPOUT", {"softcap": 30.0, "dropout_p": 0.1}, {}, {"dropout_p": 0.0}),
+        ("FA2_PACKED_LSE_VERSION", {"packed": True, "return_lse": True}, {"version": "2.5.9"}, {"version": "2.6.0"}),
+        ("FA2_DROPOUT_LSE", {"dropout_p": 0.1, "return_lse": True}, {}, {"return_lse": False}),
+        (
+            "FA2_ALIBI_PACKED_LSE",
+            {"packed": True, "alibi": True, "causal": True, "return_lse": True},
+            {},
+            {"causal": False},
+        ),
+        ("FA2_PAGED_VERSION", {"page_size": 256}, {"version": "2.4.3"}, {"version": "2.5.0"}),
+        ("FA2_PAGE_SIZE", {"page_size": 128}, {}, {"page_size": 512}),
         ("FA2_PADDING_VERSION", KV_PADDED, {"version": "2.1.1"}, {"version": "2.2.0"}),
         ("FA2_PADDING_LSE_VERSION", {**KV_PADDED, "return_lse": True}, {"version": "2.5.9"}, {"return_lse": False}),
         ("FA2_PADDING_DROPOUT", {**KV_PADDED, "dropout_p": 0.1}, {}, {"dropout_p": 0.0}),
@@ -120,6 +140,13 @@ ROWS: dict[str, list[Row]] = {
         ("FA3_UNEQUAL_HEAD_DIMS", {"head_dim": 192, "head_dim_v": 96}, {}, {"head_dim_v": 104}),
         ("FA3_UNEQUAL_HEAD_DIMS", {"head_dim": 72, "head_dim_v": 256}, {}, {"head_dim": 64}),
         ("FA3_HEAD_DIM_V_BWD", {"head_dim": 64, "head_dim_v": 512, **TRAIN}, {}, {"training": False}),
+        (
+            "FA3_PAGED_TILE",
+            {"page_size": 64, "window": (99, 0), "head_dim": 256, "alignment": "bottom_right"},
+            {},
+            {"page_size": 16},
+        ),
+        ("FA3_PAGED_TILE", {"seqlen_q": 192, "seqlen_kv": 352, **KV_PADDED}, {}, {"seqlen_q": 128}),
         ("FA3_DETERMINISTIC_HEAD_DIM", {"head_dim": 200, **DET}, {}, {"head_dim": 192}),
     ],
     "FA4": [
@@ -137,7 +164,40 @@ ROWS: dict[str, list[Row]] = {
         ("FA4_HEAD_DIM_SM80", {"head_dim": 136}, {"arch": "sm80"}, {"head_dim": 128}),
         ("FA4_HEAD_DIM_V_SM90", {"head_dim": 64, "head_dim_v": 256}, {}, {"head_dim_v": 192}),
         ("FA4_HEAD_DIM_V_SM90_BWD", {"head_dim_v": 96, **TRAIN}, {}, {"head_dim_v": 64}),
+        ("FA4_HEAD_DIM_V_SM90_BWD", {"head_dim": 64, "head_dim_v": 160, **TRAIN}, {}, {"head_dim_v": 192}),
+        (
+            "FA4_HEAD_DIM_V_SM90_BWD",
+            {"head_dim": 96, "head_dim_v": 72, **TRAIN},
+            {},
+            {"head_dim": 72, "head_dim_v": 40},
+        ),
+        ("FA4_HEAD_DIM_V_SM90_BWD", {"head_dim": 256, "head_dim_v": 160, **TRAIN}, {}, {"head_dim": 192}),
+        ("FA4_HEAD_DIM_V_SM90_BWD", {"head_dim": 256, "head_dim_v": 64, **TRAIN}, {}, {"head_dim_v": 72}),
         ("FA4_HEAD_DIM_V_SM100_BWD", {"head_dim_v": 96, **TRAIN}, {"arch": "sm100"}, {"head_dim_v": 64}),
+        (
+            "FA4_HEAD_DIM_V_SM100_BWD",
+            {"head_dim": 64, "head_dim_v": 32, **TRAIN},
+            {"arch": "sm103"},
+            {"head_dim": 96},
+        ),
+        (
+            "FA4_GQA_HEAD_DIM_V_SM100_BWD",
+            {"heads_kv": 4, "head_dim": 96, "head_dim_v": 128, **TRAIN},
+            {"arch": "sm100"},
+            {"head_dim": 64},
+        ),
+        (
+            "FA4_GQA_HEAD_DIM_V_SM100_BWD",
+            {"heads_kv": 4, "head_dim_v": 64, **TRAIN},
+            {"arch": "sm100"},
+            {"heads_kv": 16},
+        ),
+        (
+            "FA4_GQA_HEAD_DIM_V_SM100_BWD",
+            {"heads_kv": 4, "head_dim_v": 56, **TRAIN},
+            {"arch": "sm100"},
+            {"head_dim_v": 120},
+        ),
         (
             "FA4_GQA_HEAD_DIM_V_BWD",
             {"heads_kv": 4, "head_dim": 192, "head_dim_v": 128, **TRAIN},
@@ -153,6 +213,13 @@ ROWS: dict[str, list[Row]] = {
         ("FA4_SOFTCAP_256_BWD", {"head_dim": 256, "softcap": 30.0, **TRAIN}, {"arch": "sm100"}, {"training": False}),
         ("FA4_WINDOW_256_BWD", {"head_dim": 256, "window": (128, 0), **TRAIN}, {"arch": "sm100"}, {"arch": "sm90"}),
         ("FA4_LENGTHS_256", {"head_dim": 256, "seqlen_kv": 2048}, {"arch": "sm100"}, {"seqlen_kv": 1024}),
+        ("FA4_PAGED_ARCH", {"page_size": 64}, {"arch": "sm120"}, {"arch": "sm100"}),
+        ("FA4_PAGED_HEAD_DIM", {"head_dim": 72, **KV_PADDED}, {}, {"head_dim": 80}),
+        ("FA4_PAGED_HEAD_DIM", {"head_dim_v": 72, "page_size": 16}, {"arch": "sm100"}, {"head_dim_v": 64}),
+        ("FA4_PAGED_TILE", {"page_size": 128}, {}, {"page_size": 64}),
+        ("FA4_PAGED_TILE", {"page_size": 128}, {"arch": "sm100"}, {"page_size": 256}),
+        ("FA4_PADDED_TILE", {"seqlen_q": 1, "seqlen_kv": 128, **KV_PADDED}, {}, {"seqlen_kv": 136}),
+        ("FA4_PADDED_TILE", {"seqlen_kv": 80, "head_dim": 256, **KV_PADDED}, {}, {"seqlen_kv": 96}),
         ("FA4_SINKS_ARCH", {"sinks": True}, {"arch": "sm120"}, {"arch": "sm110"}),
         ("FA4_SINKS_256_BWD", {"head_dim": 256, "sinks": True, **TRAIN}, {"arch": "sm100"}, {"arch": "sm90"}),
         ("FA4_DETERMINISTIC_SM120", DET, {"arch": "sm120"}, {"arch": "sm100"}),
@@ -178,7 +245,7 @@ def test_breaks_one_rule_and_its_neighbour_none(
 
 @pytest.mark.parametrize("prefix", BACKENDS)
 def test_every_rule_is_tried(prefix: str) -> None:
-    tried = {row[0] for row in ROWS[prefix]} | {f"{prefix}_DEVICE", f"{prefix}_BIAS_GRAD"}
+    tried = {row[0] for row in ROWS[prefix]} | {f"{prefix}_{x}" for x in ("DEVICE", "BIAS_GRAD", "LSE_BACKWARD")}
     ids = [rule.id for rule in BACKENDS[prefix].all_rules]
     assert len(set(ids)) == len(ids)
     assert set(ids) == tried
@@ -266,7 +333,7 @@ VERSIONS = {
         "2.6.2",
         "2.7.3",
         "2.8.3",
-        "3.0",
+        "2.9.0",
     ),
     "FA3": ("3.0.0b1", "3.0.0", "3.1.0"),
     "FA4": ("4.0.0b11", "4.0.0b35", "4.0.0b36", "4.0.0b40", "4.0.0", "4.1.0"),

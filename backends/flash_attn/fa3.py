@@ -1,0 +1,132 @@
+"""flash-attn 3: compiled ahead for sm90. Older builds always return (out, lse), newer ones when they are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from attnrt.backends.base import Reason
+from attnrt.backends.flash_attn.calls import Call, as_passed, swapped, views, window
+from attnrt.backends.flash_attn.discovery import KVCACHE, Library
+from attnrt.backends.flash_attn.tails import set_tails
+from attnrt.environment import Environment
+from attnrt.operands import Operands
+from attnrt.request import AttentionRequest
+
+if TYPE_CHECKING:
+    from attnrt.backends.base import Run
+
+FEW = 16
+"""Queries up to which the keys are cut into as many parts as the package thinks best."""
+HEAD_DIMS = (64, 96, 128, 192, 256)
+"""Sizes that it has kernels for; others take the next."""
+
+
+def by_rows(r: AttentionRequest) -> bool:
+    """As for flash-attn 4: a padded cache goes as pages, one for each sequence, so that no padding is read."""
+    return r.padded_kv and not r.paged
+
+
+def call(r: AttentionRequest, e: Environment) -> Call:
+    """How the request is put to the package."""
+    fixed: dict[str, Any] = {"softmax_scale": r.scale} | window(r, -1)
+    if r.softcap is not None:
+        fixed["softcap"] = r.softcap
+    if r.padded:
+        if r.needs_lse:
+            fixed["return_softmax_lse"] = True
+        tensors = {"cache_seqlens": "seqlens_kv"} | ({"page_table": "page_table"} if r.paged else {})
+        return Call(KVCACHE, fixed, tensors, ("q", "k_cache", "v_cache"))
+    if r.needs_grad:
+        fixed["deterministic"] = r.deterministic
+    if not r.packed:
+        if r.seqlen_q <= FEW and not r.needs_grad:
+            fixed["num_splits"] = 0
+        return Call("flash_attn_func", fixed | _with_lse(r))
+    # The two None have no default in old builds.
+    fixed |= {"max_seqlen_q": r.seqlen_q, "max_seqlen_k": r.seqlen_kv, "seqused_q": None, "seqused_k": None}
+    tensors = {"cu_seqlens_q": "cu_seqlens_q", "cu_seqlens_k": "cu_seqlens_kv"}
+    return Call("flash_attn_varlen_func", fixed | _with_lse(r), tensors)
+
+
+def _with_lse(r: AttentionRequest) -> dict[str, Any]:
+    return {"return_attn_probs": True} if r.needs_lse else {}
+
+
+def optional(how: Call, library: Library) -> Call:
+    """Without what an older build need not be told: it returns the log-sum-exp unasked."""
+    known = library.parameters[how.function]
+    fixed = {n: x for n, x in how.fixed.items() if n != "return_attn_probs" or n in known}
+    return Call(how.function, fixed, how.tensors, how.inputs)
+
+
+def extra(r: AttentionRequest, e: Environment) -> dict[str, Tensor]:
+    """Tensors that the call needs besides the user's: the table of a cache that is read as one page each."""
+    if not by_rows(r):
+        return {}
+    device = torch.device(e.device_type, e.device_index or 0)
+    return {"page_table": torch.arange(r.batch, dtype=torch.int32, device=device).view(-1, 1)}
+
+
+def prepare(r: AttentionRequest, e: Environment, library: Library) -> Run:
+    """The call for every tensor set that matches the request."""
+    asked, r = r, as_passed(r)
+    how = optional(call(r, e), library)
+    function, fixed, (q_name, k_name, v_name) = library.functions[how.function], how.fixed, how.inputs
+    # A tensor made while a graph is captured belongs to that graph.
+    kept = {} if r.capturing else extra(r, e)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
+        q, k, v = views(asked, q, k, v)
+        given = how.given(operands) | (extra(r, e) if r.capturing else kept)
+        found = function(**{q_name: q, k_name: k, v_name: v}, **fixed, **given)
+        out, lse = found[:2] if isinstance(found, tuple) else (found, None)
+        if r.packed:
+            set_tails(r, out, lse, operands)
+        (out,) = swapped(r.layout, out)
+        if not r.needs_lse:
+            return out
+        assert lse is not None
+        return out, lse.detach()
+
+    return run
+
+
+def left_out(r: AttentionRequest, library: Library) -> tuple[Reason, ...]:
+    """What this build was made without; the package writes it down."""
+    flags = _build_flags(library)
+    dim = next((d for d in HEAD_DIMS if r.head_dim_qk <= d), HEAD_DIMS[-1])
+    wants = {
+        "FLASHATTENTION_DISABLE_BACKWARD": (r.needs_grad, "a backward"),
+        "FLASHATTENTION_DISABLE_LOCAL": (r.windowed, "sliding windows"),
+        "FLASHATTENTION_DISABLE_SOFTCAP": (r.softcap is not None, "softcap"),
+        "FLASHATTENTION_DISABLE_FP16": (r.dtype == "fp16", "fp16"),
+        "FLASHATTENTION_DISABLE_VARLEN": (r.packed or r.padded, "sequences of different lengths"),
+        "FLASHATTENTION_DISABLE_PAGEDKV": (r.paged or by_rows(r), "a paged KV cache"),
+        f"FLASHATTENTION_DISABLE_HDIM{dim}": (True, f"kernels for head_dim {dim}, which {r.head_dim_qk} takes"),
+        "FLASHATTENTION_DISABLE_HDIMDIFF64": (r.head_dim_qk <= 64 < r.head_dim_v, "head_dim_v over 64 with 64"),
+        "FLASHATTENTION_DISABLE_HDIMDIFF192": (r.head_dim_v <= 128 < r.head_dim_qk, "head dims 192/128"),
+    }
+    return tuple(
+        Reason(
+            "FA3_LEFT_OUT",
+            f"flash-attn-3 {library.version} here was built without {what} ({flag})",
+            f"build it again without {flag}",
+        )
+        for flag, (used, what) in wants.items()
+        if used and (flags.get(flag) or flags.get(flag.replace("FLASHATTENTION", "FLASH_ATTENTION")))
+    )
+
+
+def _build_flags(library: Library) -> Mapping[str, bool]:
+    for name in ("flash_attn_config", "flash_attn_3.flash_attn_config"):
+        try:
+            flags: Mapping[str, bool] = import_module(name).CONFIG["build_flags"]
+            return flags
+        except Exception:  # older builds have none: they are taken at their word
+            continue
+    return {}

@@ -1,0 +1,149 @@
+"""flash-attn 4: `flash_attn.cute`, which compiles at the first call of each kind. It always returns (out, lse)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from attnrt.backends.base import between
+from attnrt.backends.flash_attn.calls import Call, as_passed, swapped, views, window
+from attnrt.backends.flash_attn.discovery import Library
+from attnrt.backends.flash_attn.tails import set_tails
+from attnrt.environment import Environment
+from attnrt.operands import Operands
+from attnrt.request import AttentionRequest
+
+if TYPE_CHECKING:
+    from attnrt.backends.base import Run
+
+SINK_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+COMPILED = 0.3
+"""A first call that took longer, in seconds, has compiled; one that finds its kernel takes a hundredth of that."""
+MOST_FIRST_CALLS = 1024
+first_calls: dict[AttentionRequest, dict[str, float]] = {}
+"""Seconds that the first "call" and the first "backward" took in this process, where they compiled."""
+
+
+def by_rows(r: AttentionRequest, e: Environment) -> bool:
+    """A padded KV cache goes as pages, one for each sequence. Keys in pages are fetched row by row and none past a
+    sequence's end; of a dense tensor whole tiles are, and a NaN in the padding of v would reach the output.
+    """
+    return r.padded_kv and not r.paged and between(e, 90, 120)
+
+
+def sinks_by_lse(r: AttentionRequest) -> bool:
+    """The package's LSE has the sinks in it and ours has not, so a call that wants both applies them to the output."""
+    return r.sinks and r.needs_lse
+
+
+def splits(r: AttentionRequest, e: Environment) -> int:
+    """Parts that the keys are cut into: 0 lets the package choose, which on sm90 may fail."""
+    few = r.seqlen_q <= 16 and not (r.needs_grad or r.sinks or r.packed)
+    return 0 if few and between(e, 100, 120) else 1
+
+
+def call(r: AttentionRequest, e: Environment) -> Call:
+    """How the request is put to the package."""
+    fixed: dict[str, Any] = {"softmax_scale": r.scale, "num_splits": splits(r, e)} | window(r, None)
+    if r.softcap is not None:
+        fixed["softcap"] = r.softcap
+    if r.needs_grad:
+        fixed["deterministic"] = r.deterministic
+    if r.needs_lse:
+        fixed["return_lse"] = True
+    tensors = {"learnable_sink": "sinks"} if r.sinks and not sinks_by_lse(r) else {}
+    if not (r.packed or r.padded):
+        return Call("flash_attn_func", fixed, tensors)
+    fixed |= {"max_seqlen_q": r.seqlen_q, "max_seqlen_k": r.seqlen_kv}
+    if r.packed:
+        tensors |= {"cu_seqlens_q": "cu_seqlens_q", "cu_seqlens_k": "cu_seqlens_kv"}
+    else:
+        tensors |= {"seqused_k": "seqlens_kv"} | ({"page_table": "page_table"} if r.paged else {})
+    return Call("flash_attn_varlen_func", fixed, tensors)
+
+
+def prepare(r: AttentionRequest, e: Environment, library: Library) -> Run:
+    """The call for every tensor set that matches the request."""
+    asked, r = r, as_passed(r)
+    attention, first, timed = attend(r, e, library), True, not r.needs_grad
+
+    def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
+        nonlocal first, timed
+        start = perf_counter() if first else 0.0
+        q, k, v = views(asked, q, k, v)
+        with _on(q):
+            out, lse = attention(q, k, v, operands)
+            if not timed and out.grad_fn is not None:
+                timed = True
+                _time_backward(asked, out.grad_fn)
+            if r.packed:
+                set_tails(r, out, lse, operands)
+            if sinks_by_lse(r):
+                out = _with_sinks(out, lse, operands)
+        if first:
+            first = False
+            _remember(asked, "call", perf_counter() - start)
+        (out,) = swapped(r.layout, out)
+        return (out, lse.detach()) if r.needs_lse else out
+
+    return run
+
+
+def attend(r: AttentionRequest, e: Environment, library: Library) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The package's function with its arguments in place: (q, k, v, operands) in (B, S, H, D) gives (out, LSE)."""
+    how = call(r, e)
+    function, fixed = library.functions[how.function], how.fixed
+    # A tensor made while a graph is captured belongs to that graph.
+    kept = {} if r.capturing else extra(r, e)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> tuple[Tensor, Tensor]:
+        given = how.given(operands) if how.tensors else {}
+        if "learnable_sink" in given:
+            given["learnable_sink"] = _sinks(given["learnable_sink"])
+        given |= extra(r, e) if r.capturing else kept
+        return function(q=q, k=k, v=v, **fixed, **given)  # type: ignore[no-any-return]
+
+    return attention
+
+
+def _on(x: Tensor) -> AbstractContextManager[Any]:
+    """It launches on the current device, so that must be the tensor's."""
+    other = x.is_cuda and x.device.index != torch.cuda.current_device()
+    return torch.cuda.device(x.device) if other else nullcontext()
+
+
+def _sinks(sinks: Tensor) -> Tensor:
+    return sinks if sinks.dtype in SINK_DTYPES else sinks.float()
+
+
+def _with_sinks(out: Tensor, lse: Tensor, operands: Operands) -> Tensor:
+    """Each output row times the share of the denominator that its keys have. The LSE is differentiable here."""
+    assert operands.sinks is not None
+    share = torch.sigmoid(lse - operands.sinks.float()[:, None]).transpose(-1, -2).unsqueeze(-1)
+    return (out * share).to(out.dtype)
+
+
+def extra(r: AttentionRequest, e: Environment) -> dict[str, Tensor]:
+    """Tensors that the call needs besides the user's: the table of a cache that is read as one page each."""
+    if not by_rows(r, e):
+        return {}
+    device = torch.device(e.device_type, e.device_index or 0)
+    return {"page_table": torch.arange(r.batch, dtype=torch.int32, device=device).view(-1, 1)}
+
+
+def _time_backward(r: AttentionRequest, node: Any) -> None:
+    """The host's time in the package's backward, the first time that it runs: long if it compiled."""
+    started: list[float] = []
+    # Autograd's own thread runs them, one after the other.
+    node.register_prehook(lambda grads: started.append(perf_counter()))
+    node.register_hook(lambda inputs, outputs: _remember(r, "backward", perf_counter() - started[-1]))
+
+
+def _remember(r: AttentionRequest, half: str, seconds: float) -> None:
+    if seconds > COMPILED and (r in first_calls or len(first_calls) < MOST_FIRST_CALLS):
+        first_calls.setdefault(r, {})[half] = seconds

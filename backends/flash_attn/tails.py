@@ -1,0 +1,96 @@
+"""Tokens of a packed batch that belong to no sequence: no kernel of flash-attn writes their rows, so this one does.
+
+Where they begin stands in `cu_seqlens` on the device. Reading it would make the host wait, and masking whole tensors
+would cost a pass over them; this touches those rows alone, and is one launch whatever there is to clear.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnrt.operands import Operands
+from attnrt.request import AttentionRequest
+
+try:
+    import triton
+    import triton.language as tl
+
+    from attnrt.backends.triton.launch import launch
+except ImportError:  # CUDA builds of torch bring it; without, whole tensors are masked
+    triton = None
+
+PROGRAMS = 32
+
+
+def set_tails(r: AttentionRequest, out: Tensor, lse: Tensor | None, operands: Operands) -> None:
+    """What a package's function left unset for a packed batch: zeros in `out`, as it came from its own autograd
+    function, -inf in the LSE, and later zeros in the gradients."""
+    cu_q, cu_kv = operands.cu_seqlens_q, operands.cu_seqlens_kv
+    assert cu_q is not None and cu_kv is not None
+    clear([(out, cu_q)], lse)
+    if r.needs_grad and out.grad_fn is not None:
+        # Before anything else sees them. The first three tensors that these functions take are q, k and v.
+        out.grad_fn.register_hook(lambda grads, _: clear([(grads[0], cu_q), (grads[1], cu_kv), (grads[2], cu_kv)]))
+
+
+def clear(parts: Sequence[tuple[Tensor | None, Tensor]], lse: Tensor | None = None) -> None:
+    """Set rows from cu_seqlens[-1] on to 0 in each of up to three (T, H, D) tensors, and to -inf in `lse`, (H, T).
+
+    Args:
+        parts: (tensor, its cu_seqlens); None is skipped. The LSE goes by the first. Autograd does not see the writes:
+            no sequence has these rows, so no gradient depends on them.
+    """
+    if triton is None or not parts[0][1].is_cuda:
+        _mask(parts, lse)
+        return
+    arguments: list[Any] = []
+    for x, offsets in (*parts, *((None, parts[0][1]),) * (3 - len(parts))):
+        shape = (0, 0, 0, 0, 0) if x is None else (*x.shape, x.stride(0), x.stride(1))
+        arguments += [x, offsets, offsets.shape[0] - 1, *shape]
+    with torch.cuda.device(parts[0][1].device):
+        launch(_clear, (PROGRAMS,), *arguments, lse, PROGRAMS=PROGRAMS, num_warps=4)
+
+
+def _mask(parts: Sequence[tuple[Tensor | None, Tensor]], lse: Tensor | None) -> None:
+    for number, (x, offsets) in enumerate(parts):
+        if x is None:
+            continue
+        stray = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype) >= offsets[-1]
+        x.data.masked_fill_(stray[:, None, None], 0)
+        if number == 0 and lse is not None:
+            lse.data.masked_fill_(stray, -math.inf)
+
+
+if triton is not None:
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _rows(x, offsets, batch, tokens, heads, dim, row, head, PROGRAMS: tl.constexpr):  # type: ignore[no-untyped-def]
+        if x is not None:
+            columns = tl.arange(0, 256)
+            for t in range(tl.load(offsets + batch) + tl.program_id(0), tokens, PROGRAMS):
+                for h in range(heads):
+                    for d in range(0, dim, 256):
+                        here = d + columns
+                        at = x + tl.cast(t, tl.int64) * row + h * head + here
+                        tl.store(at, tl.zeros((256,), x.dtype.element_ty), mask=here < dim)
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _clear(  # type: ignore[no-untyped-def]
+        a, a_offsets, a_batch, a_tokens, a_heads, a_dim, a_row, a_head,
+        b, b_offsets, b_batch, b_tokens, b_heads, b_dim, b_row, b_head,
+        c, c_offsets, c_batch, c_tokens, c_heads, c_dim, c_row, c_head,
+        lse,
+        PROGRAMS: tl.constexpr,
+    ):  # fmt: skip
+        _rows(a, a_offsets, a_batch, a_tokens, a_heads, a_dim, a_row, a_head, PROGRAMS)
+        _rows(b, b_offsets, b_batch, b_tokens, b_heads, b_dim, b_row, b_head, PROGRAMS)
+        _rows(c, c_offsets, c_batch, c_tokens, c_heads, c_dim, c_row, c_head, PROGRAMS)
+        if lse is not None:
+            for t in range(tl.load(a_offsets + a_batch) + tl.program_id(0), a_tokens, PROGRAMS):
+                for h in range(a_heads):
+                    tl.store(lse + tl.cast(h, tl.int64) * a_tokens + t, float("-inf"))
