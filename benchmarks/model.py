@@ -1,0 +1,151 @@
+"""What attnrt costs a whole model: forwards of 12 layers with attnrt and with PyTorch's SDPA, in one run, alternating.
+
+    python benchmarks/model.py [--rounds 60] [--no-compile] [--json FILE]
+
+On the CPU, one thread, the same weights. Each round runs both, now one first, now the other; the figures are medians
+of the thread's CPU time, which other work on the machine disturbs least, and of the ratio within each round. With
+transformers installed, a Llama of 12 layers too, its "sdpa" against "attnrt". On a GPU, wall time, synchronised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import attnrt
+from attnrt.nn import load_config
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+from language_model import SDPA, LanguageModel, with_attention
+
+SHAPES = ((1, 64), (1, 256), (4, 128))
+"""Batch and tokens."""
+
+
+def alternating(
+    variants: dict[str, Callable[[], Any]], rounds: int, device: torch.device
+) -> tuple[dict[str, float], float]:
+    """Median seconds a call of each, and the median of attnrt over sdpa within a round."""
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    for function in variants.values():
+        for _ in range(3):
+            function()
+    for index in range(rounds):
+        order = list(variants.items())
+        for name, function in order if index % 2 else reversed(order):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                function()
+                torch.cuda.synchronize()
+                samples[name].append(time.perf_counter() - start)
+            else:
+                start = time.thread_time()
+                function()
+                samples[name].append(time.thread_time() - start)
+    ratios = [ours / theirs for ours, theirs in zip(samples["attnrt"], samples["sdpa"], strict=True)]
+    return {name: statistics.median(values) for name, values in samples.items()}, statistics.median(ratios)
+
+
+def share(models: dict[str, Any]) -> None:
+    """One set of weights, at one place in memory: where weights lie changes how fast they are read."""
+    models["attnrt"].load_state_dict(models["sdpa"].state_dict(), assign=True)
+
+
+def our_models(device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Any], int, int]:
+    """The models, how many layers, and the vocabulary."""
+    config = load_config("small_gqa")
+    torch.manual_seed(0)
+    models = {name: LanguageModel(config).to(device, dtype).eval() for name in ("sdpa", "attnrt")}
+    with_attention(models["sdpa"], SDPA)
+    share(models)
+    return models, config.num_layers, config.vocab_size
+
+
+def llamas(device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Any], int, int]:
+    import transformers
+
+    from attnrt.integrations.transformers import register
+
+    register()
+    config = transformers.LlamaConfig(
+        vocab_size=4096,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    models = {}
+    for name in ("sdpa", "attnrt"):
+        model = transformers.LlamaForCausalLM._from_config(copy.deepcopy(config), attn_implementation=name)
+        models[name] = model.to(device, dtype).eval()
+    share(models)
+    return models, config.num_hidden_layers, config.vocab_size
+
+
+def logits(out: Any) -> Tensor:
+    return out if isinstance(out, Tensor) else out.logits
+
+
+@torch.inference_mode()
+def measure(title: str, models: dict[str, Any], vocabulary: int, rounds: int, device: torch.device) -> dict[str, float]:
+    """Prints a line a shape; gives the ratios."""
+    # A compiled model has the attributes of the one inside.
+    options = {} if hasattr(next(iter(models.values())), "blocks") else {"use_cache": False}
+    found = {}
+    for batch, length in SHAPES:
+        tokens = torch.randint(vocabulary, (batch, length), device=device)
+        apart = (logits(models["attnrt"](tokens, **options)) - logits(models["sdpa"](tokens, **options))).abs().max()
+        calls = {name: lambda m=model, t=tokens: m(t, **options) for name, model in models.items()}  # type: ignore[misc]
+        seconds, ratio = alternating(calls, rounds, device)
+        found[f"{title} {batch}x{length}"] = ratio
+        figures = "  ".join(f"{name} {value * 1e3:8.2f} ms" for name, value in seconds.items())
+        print(
+            f"{title:31s} {batch} x {length:4d}   {figures}   {ratio:6.4f}x   (outputs {apart:.1e} apart)", flush=True
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which needs a C++ compiler")
+    parser.add_argument("--json", help="also write the ratios to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    kind = "wall time" if device.type == "cuda" else "CPU time of one thread"
+    print(f"torch {torch.__version__}, {device}, {dtype}, median {kind} of {options.rounds} alternating rounds\n")
+    makers = {"12 layers of attnrt.nn": our_models}
+    if find_spec("transformers"):
+        makers["Llama of transformers"] = llamas
+    ratios: dict[str, float] = {}
+    for name, make in makers.items():
+        models, layers, vocabulary = make(device, dtype)
+        assert layers == 12
+        ratios |= measure(name, models, vocabulary, options.rounds, device)
+        if not options.no_compile:
+            compiled = {n: torch.compile(model, dynamic=False) for n, model in models.items()}
+            ratios |= measure(f"{name}, compiled", compiled, vocabulary, options.rounds, device)
+    ran = attnrt.last_decision()
+    print(f"\nattnrt ran {ran.label if ran else '?'}; slowest ratio {max(ratios.values()):.4f}")
+    if options.json:
+        Path(options.json).write_text(json.dumps({"torch": torch.__version__, "device": str(device), "ratios": ratios}))
+
+
+if __name__ == "__main__":
+    main()
