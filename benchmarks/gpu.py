@@ -14,10 +14,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = (
     "torch",
+    "filelock",
     "hypothesis",
     "matplotlib",
     "platformdirs",
@@ -30,6 +32,17 @@ NEEDED = (
     "typer",
     "yaml",
 )
+
+
+def versions() -> dict[str, Any]:
+    """What a figure was seen on: device, driver, torch, packages."""
+    import torch
+
+    from attnrt.environment import Environment
+
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(asked, capture_output=True, text=True).stdout.split("\n")[0].strip()
+    return {"environment": Environment.detect("cuda").to_dict(), "driver": driver, "torch": torch.__version__}
 
 
 def main() -> None:
@@ -65,6 +78,11 @@ def main() -> None:
     python("benchmarks/dispatch.py", "--json", str(out / "dispatch.json"))
     quick = ["--quick"] if options.quick else []
     python("benchmarks/kernels.py", *quick, "--out", str(out / "kernels"))
+    python("benchmarks/flash_attn.py", "--out", str(out / "flash_attn"))
+    if importlib.util.find_spec("cudnn"):
+        python("benchmarks/cudnn_sdpa.py", *quick, "--json", str(out / "cudnn.json"))
+    python("benchmarks/regret.py", "--device", "cuda", *quick, "--out", str(out / "regret"))
+    python("-m", "attnrt", "doctor", "--markdown", log="doctor.md")
     print(f"results in {out}")
     sys.exit(code)
 

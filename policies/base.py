@@ -24,6 +24,35 @@ class Ranking(NamedTuple):
     """The evidence for this order."""
 
 
+class InformedRanking(Ranking):
+    """A ranking with more to say; still the three values of one.
+
+    Attributes:
+        policy: whose answer this is, where a policy asks another one.
+        notices: what else a reader of the report should know: evidence that was left out, and why.
+        wrong: (backend or backend.kernel, sentence): found to give wrong results for calls like this, so refused.
+    """
+
+    policy: str | None = None
+    notices: tuple[str, ...] = ()
+    wrong: tuple[tuple[str, str], ...] = ()
+
+
+def informed(
+    ranking: Ranking,
+    *,
+    policy: str | None = None,
+    notices: tuple[str, ...] = (),
+    wrong: tuple[tuple[str, str], ...] = (),
+) -> InformedRanking:
+    """A ranking with more to say, beside what it says already."""
+    made = InformedRanking(*ranking)
+    before = ranking if isinstance(ranking, InformedRanking) else made
+    made.policy = policy or before.policy
+    made.notices, made.wrong = (*before.notices, *notices), (*before.wrong, *wrong)
+    return made
+
+
 class Policy(ABC):
     """Subclass it, name it, and write `rank`. One object is one policy: it is hashed and compared by identity.
 
@@ -31,6 +60,7 @@ class Policy(ABC):
         name: as the report shows it. description: one sentence. source: the file it came from, or "<object>".
         on_failure: when the chosen kernel fails at run time, "raise", or go on to the "next" candidate with a warning.
         deterministic: every backward must be deterministic, unless the call itself says `deterministic=False`.
+        measures: it times a request's kernels on the first call's tensors, as "measure" does.
     """
 
     name: str
@@ -38,6 +68,7 @@ class Policy(ABC):
     on_failure: Literal["raise", "next"] = "raise"
     deterministic: bool = False
     source: str = "<object>"
+    measures: bool = False
 
     @abstractmethod
     def rank(self, request: AttentionRequest, environment: Environment) -> Ranking:

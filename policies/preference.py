@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import resources
@@ -58,7 +58,10 @@ class PreferencePolicy(Policy):
         return frozenset(name for line in self.lines for name in line.order) - {REST}
 
 
-_loaded: dict[tuple[str, int, int], PreferencePolicy] = {}
+MEASURED = ("tuned", "measure")
+"""Policies by name that are no file here: the figures of `attnrt tune`, and measuring at first sight."""
+
+_loaded: dict[tuple[str, int, int], Policy] = {}
 _builtin_loaded: dict[str, PreferencePolicy] = {}
 
 
@@ -87,8 +90,19 @@ def builtin_policies() -> tuple[str, ...]:
     return tuple(_builtin_files())
 
 
+def policy_names() -> tuple[str, ...]:
+    """Every name that `policy=` takes."""
+    return (*builtin_policies(), *MEASURED)
+
+
+on_forget: list[Callable[[], None]] = []
+"""Called when policies are to be read again."""
+
+
 def forget_policies() -> None:
     """Drop what was loaded, so that the next call reads the files again."""
+    for forget in on_forget:
+        forget()
     _loaded.clear()
     _builtin_loaded.clear()
     _builtin_files.cache_clear()
@@ -109,24 +123,40 @@ def _builtin_files() -> dict[str, Traversable]:
 def _load_builtin(name: str, known: Iterable[str]) -> PreferencePolicy:
     files = _builtin_files()
     if name not in files:
-        raise UnknownNameError("policy", name, files)
+        raise UnknownNameError("policy", name, policy_names())
     if (policy := _builtin_loaded.get(name)) is None or policy.names.difference(known):
         policy = _builtin_loaded[name] = _read(str(files[name]), files[name].read_text("utf-8"), known)
     return policy
 
 
-def _load_path(path: str, known: Iterable[str]) -> PreferencePolicy:
+def _load_path(path: str, known: Iterable[str]) -> Policy:
     try:
         stat = os.stat(path)
         key = (path, stat.st_mtime_ns, stat.st_size)
         # A backend may have been unregistered since: then the file is wrong now, and reading it again says where.
-        if (policy := _loaded.get(key)) is None or policy.names.difference(known):
-            policy = _loaded[key] = _read(path, Path(path).read_text("utf-8"), known)
+        policy = _loaded.get(key)
+        if policy is None or (isinstance(policy, PreferencePolicy) and policy.names.difference(known)):
+            text = Path(path).read_text("utf-8")
+            policy = _loaded[key] = _read_tuned(path, text, known) if is_tuned(text) else _read(path, text, known)
     except PolicyError:
         raise
     except (OSError, ValueError) as error:
         raise PolicyError(path, None, f"cannot be read: {error}") from error
     return policy
+
+
+def is_tuned(text: str) -> bool:
+    """Whether a file's text is what `attnrt tune` wrote: it has the key `tuned`."""
+    return text.startswith("tuned:") or "\ntuned:" in text
+
+
+def _read_tuned(file: str, text: str, known: Iterable[str]) -> Policy:
+    from attnrt.evidence.store import measured_policy
+    from attnrt.policies.tuned import parse
+
+    content = parse(file, text)
+    static = _load_builtin(content.extends, known)
+    return measured_policy([content.table(file)], static, automatic=False)
 
 
 def _read(file: str, text: str, known: Iterable[str]) -> PreferencePolicy:
