@@ -88,7 +88,9 @@ def test_bytes_are_within_a_quarter_of_a_measurement(feature: str, dtype: torch.
     case = Case(
         *tensors, layout="bhsd", operands=Operands(**operands), grad=torch.ones_like(tensors[0]), options=options
     )
-    assert 0.75 < measured(REFERENCE, case) < 1.25
+    # A call with dropout is chosen for as if it were trained on, for the sake of checkpoints, and so estimated for it.
+    most = 1.75 if feature == "dropout" and not training else 1.25
+    assert 0.75 < measured(REFERENCE, case) < most
 
 
 def test_minus_infinity_everywhere_is_a_dead_row() -> None:

@@ -158,7 +158,8 @@ def test_math_bytes_are_within_a_quarter_of_a_measurement(feature: str, dtype: t
     case = Case(
         *tensors, layout="bhsd", operands=Operands(**operands), grad=torch.ones_like(tensors[0]), options=options
     )
-    assert 0.75 < measured(MATH, case) < 1.25
+    # A call with dropout is chosen as for training, so that a checkpoint draws the same numbers twice.
+    assert 0.75 < measured(MATH, case) < (1.5 if feature == "dropout" and not training else 1.25)
 
 
 ASKED: dict[str, dict[str, Any]] = {
