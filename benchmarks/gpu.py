@@ -78,7 +78,7 @@ def main() -> None:
     python("benchmarks/dispatch.py", "--json", str(out / "dispatch.json"))
     quick = ["--quick"] if options.quick else []
     python("benchmarks/kernels.py", *quick, "--out", str(out / "kernels"))
-    python("benchmarks/flash_attn.py", "--out", str(out / "flash_attn"))
+    python("benchmarks/flash_attention.py", "--out", str(out / "flash_attn"))
     if importlib.util.find_spec("cudnn"):
         python("benchmarks/cudnn_sdpa.py", *quick, "--json", str(out / "cudnn.json"))
     python("benchmarks/regret.py", "--device", "cuda", *quick, "--out", str(out / "regret"))

@@ -1,11 +1,13 @@
 """What going through attnrt costs beside calling flash-attn itself, for each generation that is installed.
 
-    PYTHONPATH=. python benchmarks/flash_attn.py [--out gpu-results/flash_attn] [--rounds 60]
+    PYTHONPATH=. python benchmarks/flash_attention.py [--out gpu-results/flash_attn] [--rounds 60]
 
 Device time: from one event to another with the device kept busy in front of them, so that the host is never waited for.
 Host time: what a call takes until it returns, on calls so small that the device is done first. Both ways take turns in
 one run; medians. The bars: device time within 1%, host time at most 10 us more, forward and backward. It also tells how
 long first calls took, which for flash-attn 4 is its compiler.
+
+This file may not be called flash_attn.py: run as a script, it would stand before the package.
 """
 
 from __future__ import annotations
