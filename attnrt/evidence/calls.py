@@ -150,8 +150,8 @@ def _bound(r: AttentionRequest, q: Tensor, k: Tensor, v: Tensor, operands: Opera
             v,
             operands,
             layout=r.layout,
-            causal=r.causal,
-            window=r.window,
+            causal=r.causal and r.banded,  # a bound that excludes nothing has no alignment any more
+            window=r.window if r.banded else None,
             alignment=r.alignment,
             softcap=r.softcap,
             dropout_p=r.dropout_p,

@@ -215,10 +215,9 @@ def _attend(given: Tensors, piece: Piece, leaves: Mapping[str, Tensor]) -> tuple
     seen = (piece.rows < real_q)[:, None].expand(-1, count)
     if o.mask is not None:
         seen = seen & _plane(o.mask, piece, count)
-    left, right = r.window or (None, None)
-    right = 0 if r.causal else right
-    seen = seen if left is None else seen & (distance >= -left)
-    seen = seen if right is None else seen & (distance <= right)
+    # The bounds that exclude something: where none does, the request has no alignment to count them by.
+    seen = seen if r.left is None else seen & (distance >= -r.left)
+    seen = seen if r.right is None else seen & (distance <= r.right)
     scores = scores.masked_fill(~seen, -math.inf)
     dead = (scores == -math.inf).all(-1, keepdim=True)  # of no key at all, too
     live = scores.masked_fill(dead, 0.0)

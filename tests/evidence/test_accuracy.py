@@ -59,6 +59,17 @@ def test_the_truth_is_the_oracles(case: Case) -> None:
         assert difference.ratio <= 1e-3, difference
 
 
+def test_a_bound_that_excludes_nothing() -> None:
+    """It is dropped with its alignment, so that counted from the other end it would exclude something."""
+    q, k, v = torch.randn(1, 1, 2, 8), torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8)
+    case = Case(q, k, v, "bhsd", options={"window": (None, 1), "alignment": "bottom_right"})
+    given_ = Tensors(q, k, v, case.operands, case.request())
+    for difference in truth_of(given_).compare(given_, {"the output": answer(case)["out"]}):
+        assert difference.ratio <= 1e-3, difference
+    sizes = {"batch": 1, "heads_q": 1, "seqlen_q": 1, "seqlen_kv": 5, "head_dim": 8, "dtype": "fp32"}
+    assert not tensors(Call(**sizes, causal=True, alignment="bottom_right")).request.banded
+
+
 @settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_right_kernels_pass_in_pieces(case: Case) -> None:
