@@ -85,7 +85,8 @@ def launch(
 
     lengths: (B,) int32 of queries and keys in a padded batch, or (B + 1,) offsets of a packed one.
     persistent: one program per multiprocessor takes tile after tile, so that loads for the next run ahead; or one
-    program per tile, which the hardware hands out as others finish, and packed batches always have. None: the faster.
+    program per tile, which the hardware hands out as others finish, and sequences of their own lengths always have.
+    None: the faster.
     ping_pong: the consumers take turns at the matrix units. launch: starts a kernel: (kernel, grid, *args, **options).
     """
     r = request
@@ -94,7 +95,7 @@ def launch(
     if persistent is None:
         persistent = pays_to_persist(r, tiles, uneven)
     programs = tiles * pairs
-    if persistent and not r.packed:
+    if persistent and lengths[0] is None:
         programs = min(programs, _multiprocessors(q.device))
     shift = int(r.alignment == "bottom_right") * (r.seqlen_kv - r.seqlen_q if lengths == (None, None) else 1)
     strides = (0, out.stride(1), out.stride(0)) if r.packed else tuple(out.stride(a) for a in AXES[r.layout])

@@ -70,12 +70,12 @@ def place(index, order):
 
 
 @gluon.jit()
-def tiles_of_program(order, PACKED: gl.constexpr):
-    """Every so many-th tile; of a packed batch, whose tiles differ too much to be dealt out beforehand, one."""
+def tiles_of_program(order, lengths):
+    """Every so many-th tile; where sequences have lengths of their own, too unlike to be dealt out beforehand, one."""
     first = gl.program_id(0)
     stop = order[0] * order[1]
     stride = gl.num_programs(0)
-    if PACKED:
+    if lengths[0] is not None:
         stop = first + 1
         stride = 1
     return first, stop, stride
@@ -170,7 +170,7 @@ def producer(
 ):  # fmt: skip
     n = 0  # blocks so far, of all tiles
     turn = 0  # tiles so far
-    first, stop, stride = tiles_of_program(order, PACKED)
+    first, stop, stride = tiles_of_program(order, lengths)
     for index in range(first, stop, stride):
         m0, b, h = place(index, order)
         begin_q, begin_kv, band = sequence(b, lengths, PACKED)
@@ -401,7 +401,7 @@ def consumer(
     heads = order[3]
     n = 0  # as in the producer
     turn = 0
-    first, stop, stride = tiles_of_program(order, PACKED)
+    first, stop, stride = tiles_of_program(order, lengths)
     for index in range(first, stop, stride):
         m0, b, h = place(index, order)
         begin_q, _, band = sequence(b, lengths, PACKED)

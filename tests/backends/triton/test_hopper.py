@@ -276,7 +276,8 @@ def emulate(r: AttentionRequest, q: Any, k: Any, v: Any, how: Launch, lengths: A
     bounds = (*pointers, r.seqlen_q, r.seqlen_kv, r.left or 0, right, shift)
     dim, block_n = r.head_dim_qk, hopper.TILES[r.head_dim_qk].block_n
     out, lse = torch.full_like(q, math.nan), torch.full(q.shape[:-1], math.nan)
-    programs, stages, queries = (tiles * pairs if r.packed else how.programs), how.stages, how.queries
+    programs = how.programs if lengths[0] is None else tiles * pairs
+    stages, queries = how.stages, how.queries
     products = Products()
     layouts = dict.fromkeys(
         ("SliceLayout", "NVMMADistributedLayout", "DotOperandLayout", "BlockedLayout"), lambda *_, **__: None
