@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from command_line import Command, Printed
+
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="attnrt-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
@@ -34,3 +36,27 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in set(registry.backends()) - before:
         attnrt.unregister_backend(name)
     attnrt.refresh()
+
+
+@pytest.fixture
+def cache(fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """`fresh`, and a cache directory of the test's own."""
+    import attnrt
+
+    monkeypatch.setenv("ATTNRT_CACHE_DIR", str(tmp_path))
+    attnrt.refresh()
+    return tmp_path
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The console script, in this process."""
+    from attnrt import cli
+
+    def call(arguments: str) -> Printed:
+        monkeypatch.setattr(sys, "argv", ["attnrt", *arguments.split()])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return Printed(int(stop.value.code or 0), *capsys.readouterr())
+
+    return call

@@ -86,9 +86,16 @@ def lengths(*numbers: int) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int32, device="cuda")
 
 
-def packed(*numbers: int, stray: int = 5, **given: Any) -> Case:
-    """Sequences of these lengths, and `stray` tokens of none."""
-    offsets = lengths(0, *numbers).cumsum(0).to(torch.int32)
-    operands = Operands(cu_seqlens_q=offsets, cu_seqlens_kv=offsets)
-    longest = {"max_seqlen_q": max(numbers), "max_seqlen_kv": max(numbers)}
-    return call(sum(numbers) + stray, layout="thd", operands=operands, **(longest | given))
+def offsets(*numbers: int) -> Tensor:
+    """cu_seqlens of sequences of these lengths."""
+    return lengths(0, *numbers).cumsum(0).to(torch.int32)
+
+
+def packed(*numbers: int, keys: tuple[int, ...] | None = None, stray: int = 5, **given: Any) -> Case:
+    """Sequences of these lengths, and `stray` tokens of none. keys: the lengths of their keys, where others."""
+    cu_q = offsets(*numbers)
+    cu_kv = cu_q if keys is None else offsets(*keys)
+    operands = Operands(cu_seqlens_q=cu_q, cu_seqlens_kv=cu_kv)
+    longest = {"max_seqlen_q": max(numbers), "max_seqlen_kv": max(keys or numbers)}
+    tokens = (sum(n) + stray for n in (numbers, keys or numbers))
+    return call(*tokens, layout="thd", operands=operands, **(longest | given))

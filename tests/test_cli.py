@@ -7,11 +7,11 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from command_line import Command
 from typer.testing import CliRunner
 
 import attnrt
@@ -24,32 +24,10 @@ from attnrt.settings import NAMES
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class Printed(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[[str], Printed]
-
-
 @pytest.fixture
-def attnrt_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+def attnrt_command(fresh: None, command: Command) -> Command:
     """The console script, in this process, without any variable of ours."""
-    for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
-    attnrt.refresh()
-
-    def call(arguments: str) -> Printed:
-        monkeypatch.setattr(sys, "argv", ["attnrt", *arguments.split()])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        code = stop.value.code
-        return Printed(0 if code is None else int(code), *capsys.readouterr())
-
-    yield call
-    monkeypatch.undo()
-    attnrt.refresh()
+    return command
 
 
 # ---- explain

@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attnrt.backends.triton import backward as passes
 from attnrt.backends.triton import hopper as gluon
-from attnrt.backends.triton.decode import decode_pass, outputs, split_count
+from attnrt.backends.triton.decode import decode_pass, outputs, slopes_of, split_count
 from attnrt.backends.triton.forward import forward
 from attnrt.backends.triton.replay import Recording, on
 from attnrt.backends.triton.scores import Matrix, Plane
@@ -377,7 +377,7 @@ def score_operands(
     return (
         None if mask is None or r.mask is None else _plane(mask, r.mask.shape),
         None if bias is None or r.bias is None else _plane(bias, r.bias.shape),
-        None if slopes is None else Matrix(slopes, slopes.stride(0) if slopes.ndim == 2 else 0, slopes.stride(-1), 0),
+        slopes_of(slopes),
     )
 
 

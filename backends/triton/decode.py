@@ -235,6 +235,11 @@ def split_count(request: AttentionRequest, tile: Tile, sm_count: int, sm: int | 
     return next(s for s, part in enumerate(busy, 1) if part >= 0.9 * max(busy))
 
 
+def slopes_of(x: Tensor | None) -> Matrix | None:
+    """ALiBi slopes, (Hq,) or (B, Hq), as the kernels take them."""
+    return None if x is None else Matrix(x, x.stride(0) if x.ndim == 2 else 0, x.stride(-1), 0)
+
+
 def outputs(r: AttentionRequest, splits: int, q: Tensor, v: Tensor) -> tuple[Tensor | None, ...]:
     """Output, LSE if asked for, and what the splits leave for the merge: their outputs and LSEs."""
     # A packed batch may hold tokens of no sequence, which no program visits.
@@ -256,9 +261,7 @@ def decode_pass(plan: Plan, tile: Tile, splits: int, launch: Any, tensors: Seque
     r, c = plan.request, plan.constants
     q, k, v, out, lse, part, part_lse, *given = tensors
     _, _, slopes, sinks, *lengths = given
-    slopes = (
-        None if slopes is None else Matrix(slopes, slopes.stride(0) if slopes.ndim == 2 else 0, slopes.stride(-1), 0)
-    )
+    slopes = slopes_of(slopes)
     rows, pairs = r.seqlen_q * r.group, r.batch * r.heads_kv
     block_m = min(tile.block_m, max(16, 1 << (rows - 1).bit_length()))  # 16: the least of a matrix product
     tiles = -(-rows // block_m)

@@ -7,15 +7,15 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from command_line import Command
 from figures import Fails, SlightlyWrong
 
 import attnrt
-from attnrt import cli, registry, runtime
+from attnrt import runtime
 from attnrt.environment import Environment
 from attnrt.errors import ArgumentError
 from attnrt.evidence.bench import Run, bench, default_calls
@@ -23,7 +23,6 @@ from attnrt.evidence.calls import Call, flops, traffic
 from attnrt.evidence.ceiling import Ceiling
 from attnrt.evidence.machine import machine_entry
 from attnrt.evidence.results import Results, Row, duration, load_results, new_results, rate, title
-from attnrt.settings import NAMES
 
 CPU = Environment.detect("cpu")
 BASE = Call(heads_q=4, heads_kv=2, head_dim=16, seqlen_q=32, dtype="fp32", layout="bhsd")
@@ -31,36 +30,10 @@ CEILING = Ceiling(tflops={"fp32": 0.1, "bf16": 1.0}, gbs=10.0)
 TINY = "--heads 4 --kv-heads 2 --head-dim 16 --dtype fp32 --layout bhsd --seconds 0.005"
 
 
-class Printed(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The ceiling is not measured: that takes a second, and nothing here depends on it."""
-    for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
+def ceiling(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not measured: that takes a second, and nothing here depends on it."""
     monkeypatch.setattr("attnrt.evidence.bench.measure_ceiling", lambda device, dtypes: CEILING)
-    before = set(registry.backends())
-    attnrt.refresh()
-    yield
-    for name in set(registry.backends()) - before:
-        attnrt.unregister_backend(name)
-    monkeypatch.undo()
-    attnrt.refresh()
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str], Printed]:
-    def call(arguments: str) -> Printed:
-        monkeypatch.setattr(sys, "argv", ["attnrt", *arguments.split()])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return Printed(int(stop.value.code or 0), *capsys.readouterr())
-
-    return call
 
 
 def run(*calls: Call, **options: Any) -> Run:
@@ -141,7 +114,7 @@ def test_json_and_csv_say_the_same() -> None:
         assert float(line["ms"]) == pytest.approx(row.ms, rel=1e-5)
 
 
-def test_the_command(command: Callable[[str], Printed], tmp_path: Path) -> None:
+def test_the_command(command: Command, tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
     code, out, err = command(f"bench {TINY} --seqlen 16,32 --causal --csv {table} --backend torch")
     assert (code, err) == (0, "")

@@ -3,56 +3,26 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from command_line import Command
 from figures import Fails, Planted, SlightlyWrong, WrongGradient, WrongLastHead
 
 import attnrt
-from attnrt import cli, registry
+from attnrt import registry
 from attnrt.cli.report import COMMON
 from attnrt.environment import Environment
 from attnrt.evidence import checks, doctor
-from attnrt.settings import NAMES
 
 CPU = Environment.detect("cpu")
 H100 = replace(Environment.named("h100"), simulated=False)
 
 
-class Printed(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("ATTNRT_CACHE_DIR", str(tmp_path))
-    before = set(registry.backends())
-    attnrt.refresh()
-    yield tmp_path
-    for name in set(registry.backends()) - before:
-        attnrt.unregister_backend(name)
-    monkeypatch.undo()
-    attnrt.refresh()
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str], Printed]:
-    def call(arguments: str) -> Printed:
-        monkeypatch.setattr(sys, "argv", ["attnrt", *arguments.split()])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return Printed(int(stop.value.code or 0), *capsys.readouterr())
-
-    return call
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
@@ -71,9 +41,7 @@ def test_every_kernel_here_is_right() -> None:
 
 
 @pytest.mark.parametrize("kind", [SlightlyWrong, WrongLastHead, WrongGradient, Fails])
-def test_a_wrong_backend_is_found(
-    kind: type[Planted], command: Callable[[str], Printed], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_backend_is_found(kind: type[Planted], command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch, "causal, training", "packed")
     attnrt.register_backend(kind())
     code, out, _ = command("doctor")
@@ -84,7 +52,7 @@ def test_a_wrong_backend_is_found(
         assert "the gradient of k" in " ".join(out.split())
 
 
-def test_the_command(command: Callable[[str], Printed], monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_the_command(command: Command, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     only(monkeypatch, "decode")
     code, out, err = command("doctor")
     assert (code, err) == (0, "") and "nothing is wrong" in out and torch.__version__ in out and str(cache) in out
@@ -98,14 +66,14 @@ def test_the_command(command: Callable[[str], Printed], monkeypatch: pytest.Monk
     assert code == 0 and json.loads(out)["kernels"] == []
 
 
-def test_a_bad_variable(command: Callable[[str], Printed], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_variable(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """The doctor is for when things are wrong, so it must not stop at that."""
     monkeypatch.setenv("ATTNRT_REPORT", "loud")
     code, out, _ = command("doctor --no-run")
     assert code == 1 and "ATTNRT_REPORT='loud'" in " ".join(out.split())
 
 
-def test_a_tuned_policy_that_is_damaged(command: Callable[[str], Printed], cache: Path) -> None:
+def test_a_tuned_policy_that_is_damaged(command: Command, cache: Path) -> None:
     (cache / "tuned").mkdir()
     (cache / "tuned" / "bad.yaml").write_text("tuned: 1\n")
     attnrt.refresh()
@@ -113,14 +81,12 @@ def test_a_tuned_policy_that_is_damaged(command: Callable[[str], Printed], cache
     assert code == 0 and "cut short" in " ".join(out.split()) and "bad.yaml" in out
 
 
-def test_overrides_are_told(command: Callable[[str], Printed], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overrides_are_told(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATTNRT_PREFER", "reference")
     assert "prefer reference (by ATTNRT_PREFER)" in command("doctor --no-run").out
 
 
-def test_a_cache_directory_that_cannot_be_written(
-    command: Callable[[str], Printed], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_directory_that_cannot_be_written(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATTNRT_CACHE_DIR", "/dev/null/nowhere")
     code, out, _ = command("doctor --no-run")
     assert code == 0 and "cannot be written" in out

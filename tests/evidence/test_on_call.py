@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +10,13 @@ import torch
 from figures import Planted, SlightlyWrong, entry, write
 
 import attnrt
-from attnrt import registry
 from attnrt.evidence import on_call
 from attnrt.evidence.calls import Call
-from attnrt.settings import NAMES
 
 
 @pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("ATTNRT_CACHE_DIR", str(tmp_path))
+def quick(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(on_call, "SECONDS", {"cpu": 0.01})
-    before = set(registry.backends())
-    attnrt.refresh()
-    yield tmp_path
-    for name in set(registry.backends()) - before:
-        attnrt.unregister_backend(name)
-    monkeypatch.undo()
-    attnrt.refresh()
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from attnrt.errors import ArgumentError, PolicyError
 from attnrt.evidence import store
 from attnrt.evidence.calls import Call
 from attnrt.policies.tuned import BYTES, render
-from attnrt.settings import NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = Environment.detect("cpu")
@@ -30,15 +28,7 @@ BASE = Call(heads_q=4, heads_kv=2, head_dim=16, seqlen_q=64, dtype="fp32", layou
 FASTER_MATH = entry(BASE, {"torch.math": 1.0, "torch.flash_cpu": 2.0, "reference": 3.0})
 
 
-@pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("ATTNRT_CACHE_DIR", str(tmp_path))
-    attnrt.refresh()
-    yield tmp_path
-    monkeypatch.undo()
-    attnrt.refresh()
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def tensors() -> list[torch.Tensor]:

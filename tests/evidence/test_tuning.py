@@ -2,59 +2,28 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from command_line import Command
 from figures import Fails, Planted, SlightlyWrong, WrongGradient, WrongLastHead
 
 import attnrt
-from attnrt import cli, registry, runtime
+from attnrt import runtime
 from attnrt.environment import Environment
 from attnrt.evidence import store
 from attnrt.evidence.calls import Call
 from attnrt.evidence.tuning import coarse_first, default_calls, expected_seconds, tune
 from attnrt.policies.kinds import place_of
-from attnrt.settings import NAMES
 
 CPU = Environment.detect("cpu")
 BASE = Call(heads_q=4, heads_kv=2, head_dim=16, seqlen_q=32, dtype="fp32", layout="bhsd")
 TINY = "--heads 4 --kv-heads 2 --head-dim 16 --dtype fp32 --layout bhsd --seconds 0.005"
 
 
-class Printed(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """No variable but the cache directory's; no backend left behind."""
-    for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("ATTNRT_CACHE_DIR", str(tmp_path))
-    before = set(registry.backends())
-    attnrt.refresh()
-    yield tmp_path
-    for name in set(registry.backends()) - before:
-        attnrt.unregister_backend(name)
-    monkeypatch.undo()
-    attnrt.refresh()
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str], Printed]:
-    def call(arguments: str) -> Printed:
-        monkeypatch.setattr(sys, "argv", ["attnrt", *arguments.split()])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return Printed(int(stop.value.code or 0), *capsys.readouterr())
-
-    return call
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def run(calls: list[Call], **options: Any) -> Any:
@@ -176,7 +145,7 @@ def test_default_calls() -> None:
 # ---- the command
 
 
-def test_the_command(command: Callable[[str], Printed], cache: Path) -> None:
+def test_the_command(command: Command, cache: Path) -> None:
     code, out, err = command(f"tune {TINY} --seqlen 16,32 --causal")
     assert (code, err) == (0, "")
     assert "2 calls measured" in out and "used from now on" in out and "torch." in out
@@ -195,7 +164,7 @@ def test_the_command(command: Callable[[str], Printed], cache: Path) -> None:
     assert code == 0 and not file.exists() and command("tune --forget").code == 1 and command("tune --show").code == 1
 
 
-def test_the_command_writes_a_file_by_name(command: Callable[[str], Printed], cache: Path, tmp_path: Path) -> None:
+def test_the_command_writes_a_file_by_name(command: Command, cache: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     code, out, _ = command(f"tune {TINY} --seqlen 16 --output {file}")
     assert code == 0 and f"ATTNRT_POLICY={file}" in out and not (cache / "tuned").exists()
@@ -222,13 +191,13 @@ def test_the_command_writes_a_file_by_name(command: Callable[[str], Printed], ca
         ("bench --seqlen 32 --backend cudn", ("backend='cudn'", "cudnn")),
     ],
 )
-def test_bad_input(command: Callable[[str], Printed], arguments: str, words: tuple[str, ...]) -> None:
+def test_bad_input(command: Command, arguments: str, words: tuple[str, ...]) -> None:
     code, out, err = command(arguments)
     assert (code, out) == (2, "") and err.startswith("attnrt: ") and err.count("\n") == 1
     assert all(word in err for word in words), err
 
 
-def test_presets_are_listed(command: Callable[[str], Printed]) -> None:
+def test_presets_are_listed(command: Command) -> None:
     for name in ("tune", "bench"):
         code, out, _ = command(f"{name} --presets")
         assert code == 0 and "llama3-70b" in out and "decode" in out

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from figures import Planted, SlightlyWrong, WrongGradient, WrongLastHead
 from torch import Tensor
 
 import attnrt
-from attnrt import registry
 from attnrt.errors import AdvisoryWarning, VerificationFailed
 from attnrt.evidence.calls import Call, tensors
 from attnrt.settings import NAMES
@@ -24,17 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("ATTNRT_CACHE_DIR", str(tmp_path))
+def verifying(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATTNRT_VERIFY", "1")
-    before = set(registry.backends())
-    attnrt.refresh()
-    yield tmp_path
-    for name in set(registry.backends()) - before:
-        attnrt.unregister_backend(name)
-    monkeypatch.undo()
     attnrt.refresh()
 
 

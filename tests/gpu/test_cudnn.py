@@ -30,12 +30,11 @@ from cudnn_calls import (
     call,
     environment,
     kept_at,
-    on_gpu,
-    packed,
     padded,
     plans,
     with_sinks,
 )
+from devices import on_gpu, packed
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from oracle import Case, assert_agrees
 from paging import paged

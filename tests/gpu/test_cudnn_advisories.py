@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cudnn_calls import BACKEND, NEEDS, biased, call, environment, kept_at, packed, padded
+from cudnn_calls import BACKEND, NEEDS, biased, call, environment, kept_at, padded
+from devices import packed
 from oracle import Case, assert_agrees
 from running import run
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from cudnn_calls import BACKEND, NEEDS, cache, call, environment, kept_at, packed, padded, plans
+from cudnn_calls import BACKEND, NEEDS, cache, call, environment, kept_at, padded, plans
+from devices import packed
 from oracle import Case, assert_agrees
 from running import run
 from torch import Tensor

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from cases import cases
+from devices import call, lengths, on_gpu, packed, poisoned
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from oracle import Case, assert_agrees, gradients
 from running import run
@@ -50,36 +50,6 @@ def environment(loads: str = "descriptors") -> Environment:
     """This GPU, or this GPU as if it were an sm80: no descriptors, smaller tiles."""
     here = Environment.detect("cuda")
     return here if loads == "descriptors" else replace(here, capability=(8, 0))
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """New tensors hold NaN until they are written."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def on_gpu(case: Case) -> Case:
-    """The same call on the device, with the same strides."""
-
-    def move(x: Any) -> Any:
-        if x is None:
-            return None
-        size = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
-        if not x.numel() or x.is_contiguous():
-            return x.detach().cuda().requires_grad_(x.requires_grad)
-        flat = x.detach().as_strided((size,), (1,), x.storage_offset()).cuda()
-        return flat.as_strided(x.shape, x.stride()).requires_grad_(x.requires_grad)
-
-    operands = Operands(*(move(t) for t in case.operands))
-    for kind in ("seqlens", "cu_seqlens"):  # only on the CPU can equal lengths be seen to be equal
-        a, b = (getattr(case.operands, f"{kind}_{side}") for side in ("q", "kv"))
-        if a is not None and b is not None and torch.equal(a, b):
-            operands = operands._replace(**{f"{kind}_kv": getattr(operands, f"{kind}_q")})
-    return replace(case, q=move(case.q), k=move(case.k), v=move(case.v), operands=operands, grad=move(case.grad))
 
 
 def run_on(kernel: Kernel, case: Case, loads: str = "descriptors") -> dict[str, Tensor]:
@@ -167,44 +137,6 @@ def parts(request: pytest.FixtureRequest) -> Iterator[dict[int, subprocess.Popen
 
 
 # --- Sizes that have many tiles ----------------------------------------------------------------------------------
-
-
-def call(
-    seqlen_q: int,
-    seqlen_kv: int | None = None,
-    dim: int = 128,
-    dim_v: int | None = None,
-    heads: tuple[int, int] = (4, 4),
-    batch: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
-    layout: str = "bshd",
-    training: bool = True,
-    operands: Operands | None = None,
-    **options: Any,
-) -> Case:
-    """A call of random numbers on the device."""
-    torch.manual_seed(0)
-    seqlen_kv, dim_v = seqlen_kv or seqlen_q, dim_v or dim
-
-    def front(h: int, n: int) -> tuple[int, ...]:
-        return {"bshd": (batch, n, h), "bhsd": (batch, h, n), "sbhd": (n, batch, h), "thd": (n, h)}[layout]
-
-    q, k, v = (
-        torch.randn(*front(h, n), d, device="cuda").to(dtype).requires_grad_(training)
-        for h, n, d in ((heads[0], seqlen_q, dim), (heads[1], seqlen_kv, dim), (heads[1], seqlen_kv, dim_v))
-    )
-    grad = torch.randn(*front(heads[0], seqlen_q), dim_v, device="cuda").to(dtype)
-    return Case(q, k, v, layout, operands or Operands(), grad, {"return_lse": True, **options})
-
-
-def lengths(*numbers: int) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int32, device="cuda")
-
-
-def packed(*numbers: int, **given: Any) -> Case:
-    offsets = lengths(0, *numbers).cumsum(0).to(torch.int32)
-    operands = Operands(cu_seqlens_q=offsets, cu_seqlens_kv=offsets)
-    return call(int(offsets[-1]) + 5, layout="thd", operands=operands, **given)
 
 
 def biased(seqlen: int, **given: Any) -> Case:
