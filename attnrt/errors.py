@@ -42,6 +42,10 @@ class UnknownNameError(ArgumentError):
         )
 
 
+class DeviceLost(AttnrtError, RuntimeError):
+    """A kernel left the GPU in a state in which this process can run nothing on it any more."""
+
+
 class VariableError(AttnrtError, ValueError):
     """An environment variable of ours is malformed, or an `ATTNRT_` name does not exist."""
 

@@ -99,8 +99,7 @@ def _against(decision: Decision) -> str:
 
 
 def _first_call(call: Call, kernel: Kernel, decision: Decision) -> Warmed:
-    from attnrt.evidence.calls import tensors
-    from attnrt.evidence.tuning import device_of
+    from attnrt.evidence.calls import device_of, tensors
 
     given = tensors(call, device_of(decision.environment))
     leaves = list(given.leaves().values())

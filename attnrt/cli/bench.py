@@ -83,6 +83,7 @@ def bench(
             only=only,
             check=check,
             progress=progress.step,
+            compiling=progress.compiling,
         )
     if csv is not None:
         csv.write_text(run.results.to_csv(), "utf-8")
@@ -92,7 +93,7 @@ def bench(
 
         for file in write_plots(run.results, plots):
             typer.echo(f"wrote {file}", err=True)
-    raise typer.Exit(INTERRUPTED if run.interrupted else 0 if run.results.rows else 1)
+    raise typer.Exit(INTERRUPTED if run.interrupted else 0 if run.results.rows and run.lost is None else 1)
 
 
 def _check_plots() -> None:
@@ -115,8 +116,15 @@ def _text(run: Any) -> str:
     machine = results.machine
     lines.append(f"machine   {machine.device} {machine.arch}, torch {machine.packages.get('torch')}, {results.date}")
     lines += [f"left out  {title(call)}: {said}" for call, said in run.refused.items()]
+    if run.trials.processes:
+        lines.append(f"compiled  {run.trials}")
+    if run.lost is not None:
+        lines.append(f"ended: {run.lost}; run it again to go on")
     if run.left:
-        lines.append(f"not measured: {len(run.left)} calls" + (" (interrupted)" if run.interrupted else " (budget)"))
+        lines.append(
+            f"not measured: {len(run.left)} calls"
+            + (" (interrupted)" if run.interrupted else "" if run.lost else " (budget)")
+        )
     return "\n".join(lines)
 
 
@@ -139,6 +147,10 @@ class Progress:
             from attnrt.evidence.results import title
 
             self._bar.update(self._task, description=title(call))
+
+    def compiling(self, done: int, total: int) -> None:
+        """Before the first step: how many first calls have been made."""
+        self._bar.update(self._task, description=f"compiling: {done} of {total} first calls")
 
     def __enter__(self) -> Progress:
         self._bar.start()

@@ -75,4 +75,6 @@ def _renderable(found: Any) -> Any:
             advice.add_row(Text(one.how), one.kernel, ", ".join(one.calls), Text(one.estimate))
         parts += [Text(""), advice]
     verdict = "nothing is wrong" if found.healthy else "something is wrong: see what failed"
+    if found.lost is not None:
+        verdict = f"ended early: {found.lost}"
     return Group(*parts, Text(""), Text(verdict, style="bold green" if found.healthy else "bold red"))

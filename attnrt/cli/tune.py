@@ -80,9 +80,11 @@ def tune(
             again=again,
             seconds=seconds,
             progress=progress.step,
+            compiling=progress.compiling,
         )
     typer.echo(_text(done, automatic=output is None))
-    raise typer.Exit(INTERRUPTED if done.interrupted else 0 if done.measured or done.known else 1)
+    good = done.lost is None and (done.measured or done.known)
+    raise typer.Exit(INTERRUPTED if done.interrupted else 0 if good else 1)
 
 
 def _forget(file: Path) -> int:
@@ -131,7 +133,11 @@ def _text(done: Any, automatic: bool) -> str:
     lines = [render(body, sys.stdout), ""] if done.measured else []
     lines += [f"REFUSED  {line}" for line in wrong]
     lines += [f"left out {title(call)}: {said}" for call, said in done.refused.items()]
+    if done.lost is not None:
+        lines.append(f"ended: {done.lost}")
     count = f"{len(done.measured)} calls measured in {done.seconds:.0f} s"
+    if done.trials.processes:
+        count += f" ({done.trials.seconds:.0f} of them first calls ahead: {done.trials})"
     count += f", {len(done.known)} known already" if done.known else ""
     count += f", {len(done.left)} left: run it again to go on" if done.left else ""
     lines += [count, f"wrote {done.file}" if done.measured else f"kept {done.file}"]

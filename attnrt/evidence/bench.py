@@ -8,17 +8,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from attnrt.environment import Environment
-from attnrt.errors import AttnrtError
-from attnrt.evidence.calls import Call, tensors
+from attnrt.errors import AttnrtError, DeviceLost
+from attnrt.evidence.calls import Call, device_of, tensors
 from attnrt.evidence.ceiling import measure_ceiling
 from attnrt.evidence.machine import machine_entry
 from attnrt.evidence.measuring import measure
 from attnrt.evidence.presets import preset_calls
 from attnrt.evidence.results import Results, load_results, new_results, rows_of
-from attnrt.evidence.timing import Clock, clock_for
-from attnrt.evidence.tuning import SECONDS, device_of, expected_seconds
+from attnrt.evidence.timing import Clock, clock_for, said
+from attnrt.evidence.trials import Trials, try_calls
+from attnrt.evidence.tuning import COMPILING, SECONDS, expected_seconds
 from attnrt.settings import Settings
+
+COMPILE_SECONDS = 120.0
+"""What first calls may take before anything is measured, where no budget is set."""
 
 
 @dataclass
@@ -29,6 +35,9 @@ class Run:
     left: list[Call] = field(default_factory=list)
     refused: dict[Call, str] = field(default_factory=dict)
     interrupted: bool = False
+    lost: str | None = None
+    """Why the GPU could not be used any more, where that ended it."""
+    trials: Trials = field(default_factory=Trials)
 
 
 def bench(
@@ -43,14 +52,17 @@ def bench(
     only: Iterable[str] | None = None,
     check: bool = True,
     progress: Callable[[Call, bool], None] | None = None,
+    compiling: Callable[[int, int], None] = lambda done, total: None,
 ) -> Run:
     """Measure the calls in their order, saving after each. Calls that the file has are not measured again.
 
-    Ctrl-C keeps what was measured.
+    Ctrl-C keeps what was measured. What compiles does so first, in processes of its own; a kernel that dies or hangs
+    there is left out.
 
     Args:
         file: where the results are kept. fresh: start over. budget: seconds in all. seconds: for timing a call, each
             direction. only: kernel names. progress: called with a call and whether it is done.
+        compiling: called with (first calls made, in all).
 
     Raises:
         ArgumentError: the file is no results file, or of another machine.
@@ -63,6 +75,8 @@ def bench(
     clock: Clock | None = None
     only = None if only is None else tuple(only)
     try:
+        limit = COMPILE_SECONDS if budget is None else COMPILING * budget
+        run.trials = try_calls(waiting, environment, settings, seconds=limit, progress=compiling)
         while waiting:
             call = waiting[0]
             if progress is not None:
@@ -78,18 +92,23 @@ def bench(
                 continue
             clock = clock or clock_for(device)
             _ceiling(run, request.dtype, environment)
-            given = tensors(call, device)
-            found = measure(
-                given,
-                environment,
-                settings,
-                seconds=seconds or SECONDS[device.type],
-                clock=clock,
-                only=only,
-                check=check,
-                memory=True,
-            )
             waiting.pop(0)
+            try:
+                given = tensors(call, device)
+                found = measure(
+                    given,
+                    environment,
+                    settings,
+                    seconds=seconds or SECONDS[device.type],
+                    clock=clock,
+                    only=only,
+                    check=check,
+                    memory=True,
+                    against=run.trials.against(call),
+                )
+            except torch.OutOfMemoryError as error:  # of the tensors themselves, or of the comparison
+                run.refused[call] = said(error)
+                continue
             if rows := rows_of(call, given.request, found, run.results.ceiling):
                 run.results = run.results.with_rows(rows)
                 if file is not None:
@@ -102,6 +121,9 @@ def bench(
     except KeyboardInterrupt:
         run.interrupted = True
         run.left += waiting
+    except DeviceLost as error:
+        run.lost = str(error)
+        run.left += [call, *waiting]
     return run
 
 

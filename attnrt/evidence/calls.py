@@ -8,6 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from attnrt.environment import Environment
 from attnrt.operands import Operands, bind
 from attnrt.request import DTYPES, AttentionRequest
 
@@ -79,6 +80,13 @@ class Tensors(NamedTuple):
         """Those that want a gradient, by name."""
         named = {"q": self.q, "k": self.k, "v": self.v, "bias": self.operands.bias, "sinks": self.operands.sinks}
         return {name: t for name, t in named.items() if t is not None and t.requires_grad}
+
+
+def device_of(environment: Environment) -> torch.device:
+    """The device that it describes."""
+    if environment.device_index is None:
+        return torch.device(environment.device_type)
+    return torch.device(environment.device_type, environment.device_index)
 
 
 def tensors(call: Call, device: torch.device | str = "cpu", seed: int = 0) -> Tensors:

@@ -13,15 +13,20 @@ import yaml
 from attnrt import registry, runtime
 from attnrt.backends.base import Reason
 from attnrt.environment import PACKAGES, Environment
+from attnrt.errors import DeviceLost
 from attnrt.evidence.accuracy import truth_of, worst
-from attnrt.evidence.calls import Call, tensors
+from attnrt.evidence.calls import Call, device_of, tensors
 from attnrt.evidence.candidates import Candidate, every_candidate, refusals
 from attnrt.evidence.checks import Check, every_check
-from attnrt.evidence.tuning import device_of
+from attnrt.evidence.measuring import lost
+from attnrt.evidence.timing import said
+from attnrt.evidence.trials import Trials, try_calls
 from attnrt.report import machine
 from attnrt.request import AttentionRequest
 from attnrt.selector import select
 
+COMPILE_SECONDS = 120.0
+"""What first calls may take before any is compared."""
 INSTALL = {
     "nvidia-cudnn-frontend": ("1.28.0", "pip install 'attnrt[cudnn]'"),
     "triton": ("3.6.0", "pip install 'attnrt[triton]'"),
@@ -78,17 +83,19 @@ class Examination:
     checks: list[Check]
     verdicts: list[Verdict]
     advice: list[Advice]
+    lost: str | None = None
+    """Why the GPU could not be used any more, where that ended it."""
 
     @property
     def healthy(self) -> bool:
-        return not any(c.status == "failed" for c in self.checks) and not any(
-            v.wrong or v.failed for v in self.verdicts
-        )
+        faults = [v for v in self.verdicts if v.wrong or v.failed]
+        return not faults and self.lost is None and all(c.status != "failed" for c in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "schema": 1,
             "healthy": self.healthy,
+            "lost": self.lost,
             "environment": self.environment.to_dict(),
             "checks": [c._asdict() for c in self.checks],
             "kernels": [
@@ -115,6 +122,8 @@ class Examination:
         lines = ["### attnrt doctor", "", f"- **machine**: {cell(machine(self.environment))}"]
         lines += ["", "| checked | | found | remedy |", "|---|---|---|---|"]
         lines += [f"| {c.subject} | {c.status} | {cell(c.said)} | {cell(c.remedy)} |" for c in self.checks]
+        if self.lost is not None:
+            lines += ["", f"**Ended early**: {cell(self.lost)}"]
         lines += ["", "| kernel | verdict | |", "|---|---|---|"]
         lines += [f"| {v.kernel} | {v.status} | {cell(v.said())} |" for v in self.verdicts]
         if self.advice:
@@ -132,15 +141,26 @@ def examine(
     progress: Callable[[str], None] | None = None,
 ) -> Examination:
     """Look at everything; `run`: also run the kernels. common: shapes by name that advice is given for."""
-    said = progress or (lambda text: None)
-    said("versions, packages and files")
+    tell = progress or (lambda text: None)
+    tell("versions, packages and files")
     checks = every_check(environment)
-    verdicts = []
+    verdicts: list[Verdict] = []
+    ended = None
     if run:
-        for found in every_candidate(environment):
-            said(found.label)
-            verdicts.append(examine_kernel(found, environment))
-    return Examination(environment, checks, verdicts, advise(environment, common))
+        trials = try_calls(
+            cases(environment).values(),
+            environment,
+            runtime.settings(None, "default"),
+            seconds=COMPILE_SECONDS,
+            progress=lambda done, total: tell(f"compiling: {done} of {total} first calls"),
+        )
+        try:
+            for found in every_candidate(environment):
+                tell(found.label)
+                verdicts.append(examine_kernel(found, environment, trials))
+        except DeviceLost as error:
+            ended = str(error)
+    return Examination(environment, checks, verdicts, advise(environment, common), ended)
 
 
 def cases(environment: Environment) -> dict[str, Call]:
@@ -173,8 +193,12 @@ def cases(environment: Environment) -> dict[str, Call]:
     return found
 
 
-def examine_kernel(found: Candidate, environment: Environment) -> Verdict:
-    """Run one kernel on every case that it takes, and compare with float64."""
+def examine_kernel(found: Candidate, environment: Environment, trials: Trials) -> Verdict:
+    """Run one kernel on every case that it takes, and compare with float64.
+
+    Raises:
+        DeviceLost: it left the GPU unusable.
+    """
     verdict = Verdict(found.name)
     settings = runtime.settings(None, "default")
     against: dict[Reason, int] = {}
@@ -186,11 +210,16 @@ def examine_kernel(found: Candidate, environment: Environment) -> Verdict:
                 against[reason] = against.get(reason, 0) + 1
             continue
         taken += 1
+        if against_it := trials.against(call).get(found.name):
+            verdict.failed[name] = against_it
+            continue
         try:
             given, truth = _case(call, environment)
             difference = worst(truth.check(given, found.kernel.prepare(given.request, environment)))
         except Exception as error:
-            verdict.failed[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+            verdict.failed[name] = said(error)
+            if lost(device_of(environment)):
+                raise DeviceLost(f"{found.label} left {environment.name} unusable: {said(error)}") from error
             continue
         if difference.wrong:
             verdict.wrong[name] = str(difference)

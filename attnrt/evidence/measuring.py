@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,10 +15,11 @@ from typing import Any
 import torch
 
 from attnrt.environment import Environment
+from attnrt.errors import DeviceLost
 from attnrt.evidence.accuracy import truth_of, worst
 from attnrt.evidence.calls import Tensors
 from attnrt.evidence.candidates import Candidate, Refused, candidates
-from attnrt.evidence.timing import Clock, Timed, Timing, clock_for, interleaved
+from attnrt.evidence.timing import Clock, Timed, Timing, clock_for, interleaved, said
 from attnrt.selector import size
 from attnrt.settings import Settings
 
@@ -42,6 +44,8 @@ class Measured:
     """Why nothing was compared."""
     bytes: dict[str, dict[str, int]] = field(default_factory=dict)
     """Direction -> most bytes held at once beyond what was there before."""
+    first_seconds: float = 0.0
+    """Until every kernel had run: what compiles did so then, and the comparison with float64 is in it."""
 
     def device_seconds(self) -> dict[str, float]:
         """Of a call with its backward on the device, for kernels that were timed and are right."""
@@ -76,6 +80,7 @@ def measure(
     check: bool = True,
     memory: bool = False,
     extra: Mapping[str, Callable[..., Any]] | None = None,
+    against: Mapping[str, str] | None = None,
 ) -> Measured:
     """Every kernel that can serve the request that these tensors make.
 
@@ -83,7 +88,12 @@ def measure(
         seconds: what timing may take, in each direction. clock: one for the device; made if None.
         only: kernel names, instead of all. check: compare with float64 first, and time only what is right.
         memory: also measure the peak. extra: further calls to time, `run(q, k, v, operands)` by name, unchecked.
+        against: kernels that are not run, and why: they count as failed.
+
+    Raises:
+        DeviceLost: a kernel left the GPU unusable. Everything else that one raises is in what is returned.
     """
+    started = time.perf_counter()
     clock = clock or clock_for(given.q.device)
     found = Measured()
     able, found.refused = candidates(given.request, environment, settings)
@@ -100,6 +110,9 @@ def measure(
         if wanted is not None and candidate.name not in wanted:
             continue
         found.candidates[candidate.name] = candidate
+        if against and candidate.name in against:
+            found.failed[candidate.name] = against[candidate.name]
+            continue
         if not fits[candidate.name]:
             needed = size(candidate.kernel.bytes(given.request, environment))
             found.failed[candidate.name] = f"not measured: it takes {needed}, too much beside the others"
@@ -107,17 +120,40 @@ def measure(
         try:
             runs[candidate.name] = candidate.kernel.prepare(given.request, environment)
         except Exception as error:
-            found.failed[candidate.name] = _said(error)
+            _failed(found, candidate.name, error, given.q.device)
     if check:
         _check(given, runs, found)
     runs = {name: run for name, run in runs.items() if name not in found.wrong and name not in found.failed}
     runs |= extra or {}
-    _time(given, runs, clock, seconds, found)
+    calls = _first(given, runs, found)
+    found.first_seconds = time.perf_counter() - started
+    _time(given, calls, clock, seconds, found)
     if memory:
-        for name, run in runs.items():
-            if name in found.timings:
-                found.bytes[name] = peak_bytes(given, run)
+        for name in found.timings:
+            found.bytes[name] = peak_bytes(given, runs[name])
+    if given.q.is_cuda:  # what the largest of them took is free for the next call
+        torch.cuda.empty_cache()
     return found
+
+
+def _failed(found: Measured, name: str, error: Exception, device: torch.device) -> None:
+    """Note it, and go on if the device can."""
+    found.failed[name] = said(error)
+    if lost(device):
+        raise DeviceLost(f"{name} left {device} unusable: {said(error)}") from error
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def lost(device: torch.device) -> bool:
+    """An illegal access, for one, is what every later call in the process raises again."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _check(given: Tensors, runs: Mapping[str, Callable[..., Any]], found: Measured) -> None:
@@ -130,7 +166,7 @@ def _check(given: Tensors, runs: Mapping[str, Callable[..., Any]], found: Measur
         try:
             difference = worst(truth.check(given, run))
         except Exception as error:  # the others still count
-            found.failed[name] = _said(error)
+            _failed(found, name, error, given.q.device)
             continue
         if difference.wrong:
             found.wrong[name] = str(difference)
@@ -139,47 +175,61 @@ def _check(given: Tensors, runs: Mapping[str, Callable[..., Any]], found: Measur
         found.wrong.clear()
 
 
-def _time(
-    given: Tensors, runs: Mapping[str, Callable[..., Any]], clock: Clock, seconds: float, found: Measured
-) -> None:
-    forward: dict[str, Timed] = {}
-    backward: dict[str, Timed] = {}
+def _first(given: Tensors, runs: Mapping[str, Callable[..., Any]], found: Measured) -> dict[str, dict[str, Timed]]:
+    """By direction and name, the calls of kernels whose first ones did not raise."""
+    calls: dict[str, dict[str, Timed]] = {FORWARD: {}, BACKWARD: {}}
     for name, run in runs.items():
         try:
-            forward[name], backwards = _calls(given, run)
-            if backwards is not None:
-                backward[name] = backwards
+            forward, backward = first_calls(given, run)
         except Exception as error:
-            found.failed[name] = _said(error)
-            forward.pop(name, None)
-    if not forward:
-        return
+            _failed(found, name, error, given.q.device)
+            continue
+        calls[FORWARD][name] = forward
+        if backward is not None:
+            calls[BACKWARD][name] = backward
+    return calls
+
+
+def _time(given: Tensors, calls: dict[str, dict[str, Timed]], clock: Clock, seconds: float, found: Measured) -> None:
+    failed: dict[str, str] = {}
     enabled = gc.isenabled()
     gc.disable()
     try:
         with torch.set_grad_enabled(given.request.needs_grad):
-            for direction, calls in ((FORWARD, forward), (BACKWARD, backward)):
-                if calls:
-                    for name, timing in interleaved(calls, clock, seconds).items():
-                        found.timings.setdefault(name, {})[direction] = timing
+            for direction, by_name in calls.items():
+                racing = {name: call for name, call in by_name.items() if name not in failed}
+                for name, timing in interleaved(racing, clock, seconds, failed).items():
+                    found.timings.setdefault(name, {})[direction] = timing
     finally:
         if enabled:
             gc.enable()
-    found.timings = {n: found.timings[n] for n in runs if n in found.timings}
+    if failed and lost(given.q.device):
+        name, words = next(iter(failed.items()))
+        raise DeviceLost(f"{name} left {given.q.device} unusable: {words}")
+    found.failed |= failed
+    found.timings = {n: found.timings[n] for n in calls[FORWARD] if n in found.timings and n not in failed}
 
 
-def _calls(given: Tensors, run: Callable[..., Any]) -> tuple[Timed, Timed | None]:
+def first_calls(given: Tensors, run: Callable[..., Any]) -> tuple[Timed, Timed | None]:
     """(forward, backward or None), each run once: what compiles does so now, what fails does so now."""
     leaves = list(given.leaves().values())
     forward = partial(run, given.q, given.k, given.v, given.operands)
     with torch.set_grad_enabled(given.request.needs_grad):
         result = forward()
+        _wait(given.q.device)
         if not leaves:
             return forward, None
         out = result[0] if isinstance(result, tuple) else result
         backward = partial(torch.autograd.grad, out, leaves, torch.ones_like(out), retain_graph=True, allow_unused=True)
         backward()
+        _wait(given.q.device)
     return forward, backward
+
+
+def _wait(device: torch.device) -> None:
+    """So that what fails on the device fails here."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def peak_bytes(given: Tensors, run: Callable[..., Any]) -> dict[str, int]:
@@ -233,8 +283,3 @@ def _silent_stderr() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
-
-
-def _said(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]

@@ -8,7 +8,7 @@ import os
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,6 +25,8 @@ LONGEST = 3.0
 """Times the seconds that were asked for, at most, where the two fastest are not told apart by then."""
 GIVE_UP = 3.0
 """A call this many times as slow as the fastest is not sampled any further."""
+HOPELESS = 100.0
+"""A call whose first run was this many times as slow as the fastest's is not sampled at all."""
 FLUSH = 256 << 20
 """Bytes read before each call on a GPU: beyond every L2 cache there is. Read, as what waits to be written back would
 count as the call's."""
@@ -144,15 +146,16 @@ class CudaClock:
         return [start.elapsed_time(end) * 1e-3 for start, end in pairs]
 
     def host(self, call: Timed, seconds: float) -> float | None:
-        count = max(2, min(20, int(0.05 / max(seconds, 1e-9))))
+        count = max(1, min(20, int(0.02 / max(seconds, 1e-9))))
+        found = []
         with torch.cuda.device(self.device):
             torch.cuda.synchronize()
-            start = time.perf_counter()
             for _ in range(count):
+                start = time.perf_counter()
                 call()
-            found = (time.perf_counter() - start) / count
+                found.append(time.perf_counter() - start)
             torch.cuda.synchronize()
-        return found
+        return statistics.median(found)
 
 
 def clock_for(device: torch.device | str) -> Clock:
@@ -168,29 +171,64 @@ def clock_for(device: torch.device | str) -> Clock:
     raise ArgumentError("device", str(device), "timing is for 'cpu' and 'cuda'")
 
 
-def interleaved(calls: Mapping[str, Timed], clock: Clock, seconds: float) -> dict[str, Timing]:
+def interleaved(
+    calls: Mapping[str, Timed], clock: Clock, seconds: float, failed: dict[str, str] | None = None
+) -> dict[str, Timing]:
     """Time each call once a round, for about `seconds` in all, after a first run that does not count.
 
-    Those far behind the fastest drop out once they have three samples. A call that raises is the caller's to catch:
-    run each once before.
+    Those far behind the fastest drop out once they have three samples, or at once where nobody can think of waiting
+    for them: their first run is then what is known.
+
+    Args:
+        failed: where it goes, by name, what a call raised; without it that comes through.
     """
-    estimate = {name: clock.once(call) for name, call in calls.items()}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    estimate: dict[str, float] = {}
+    samples: dict[str, list[float]] = {}
+    hosts: dict[str, float | None] = {}
+
+    @contextlib.contextmanager
+    def attempt(name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if failed is None:
+                raise
+            failed[name] = said(error)
+            estimate.pop(name, None)
+            samples.pop(name, None)
+
+    for name, call in calls.items():
+        with attempt(name):
+            estimate[name] = clock.once(call)
+    limit = HOPELESS * min(estimate.values(), default=0.0)
+    samples |= {name: [seconds_] if seconds_ > limit else [] for name, seconds_ in estimate.items()}
+    racing = [name for name, found in samples.items() if not found]
     started, rounds = time.perf_counter(), 0
-    racing = list(calls)
-    while rounds < MOST:
+    while racing and rounds < MOST:
         spent = time.perf_counter() - started
         if rounds >= LEAST and spent > seconds and (spent > LONGEST * seconds or settled(samples)):
             break
         for name in racing:
-            samples[name] += clock.sample(calls[name], estimate[name])
-            estimate[name] = statistics.median(samples[name])
+            with attempt(name):
+                samples[name] += clock.sample(calls[name], estimate[name])
+                estimate[name] = statistics.median(samples[name])
         rounds += 1
-        best = min(estimate.values())
+        best = min(estimate.values(), default=0.0)
         late = time.perf_counter() - started > seconds
         # A slow one is known well enough by fewer samples, and costs the most.
-        racing = [n for n in racing if estimate[n] <= best * GIVE_UP or (rounds < LEAST and not late)]
-    return {name: timing(found, clock.host(calls[name], estimate[name])) for name, found in samples.items()}
+        racing = [
+            n for n in racing if n in estimate and (estimate[n] <= best * GIVE_UP or (rounds < LEAST and not late))
+        ]
+    for name in list(samples):
+        with attempt(name):
+            hosts[name] = clock.host(calls[name], estimate[name])
+    return {name: timing(samples[name], found) for name, found in hosts.items()}
+
+
+def said(error: Exception) -> str:
+    """An exception in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 
 
 def settled(samples: Mapping[str, list[float]]) -> bool:

@@ -13,13 +13,16 @@ from typing import Any
 import torch
 
 from attnrt.environment import Environment
-from attnrt.errors import AttnrtError
-from attnrt.evidence.calls import Call, flops, tensors
+from attnrt.errors import AttnrtError, DeviceLost
+from attnrt.evidence.calls import Call, device_of, flops, tensors
+from attnrt.evidence.candidates import every_candidate
 from attnrt.evidence.measuring import Measured, measure
 from attnrt.evidence.presets import PRESETS, preset_calls
-from attnrt.evidence.store import add, read
-from attnrt.evidence.timing import Clock, clock_for
+from attnrt.evidence.store import add, known_kernels, read
+from attnrt.evidence.timing import Clock, clock_for, said
+from attnrt.evidence.trials import Trials, try_calls
 from attnrt.policies.kinds import Kind, Place, kind_of, place_of
+from attnrt.policies.measured import MANY
 from attnrt.policies.tuned import CallEntry, KindEntry
 from attnrt.request import AttentionRequest
 from attnrt.settings import Settings
@@ -27,6 +30,8 @@ from attnrt.settings import Settings
 MARGIN = 0.03
 """By how much a kernel must be faster before it goes ahead of the static preference."""
 BUDGET = 60.0
+COMPILING = 0.5
+"""Of the budget, what first calls may take before anything is measured."""
 SECONDS = {"cpu": 0.15, "cuda": 0.03}
 """What timing one call may take, in each direction."""
 SLOWEST = {"cpu": 2e10, "cuda": 2e13}
@@ -44,7 +49,11 @@ class Tuned:
     left: list[Call] = field(default_factory=list)
     refused: dict[Call, str] = field(default_factory=dict)
     interrupted: bool = False
+    lost: str | None = None
+    """Why the GPU could not be used any more, where that ended it."""
     seconds: float = 0.0
+    trials: Trials = field(default_factory=Trials)
+    """First calls that were made ahead; their seconds are part of all."""
 
 
 def tune(
@@ -57,15 +66,19 @@ def tune(
     margin: float = MARGIN,
     again: bool = False,
     seconds: float | None = None,
+    trials: Trials | None = None,
     progress: Callable[[Call, Measured | None], None] | None = None,
+    compiling: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tuned:
     """Measure calls, coarsest first, until the budget is spent, and add each to the file as soon as it is known.
 
-    Ctrl-C keeps what was measured, and a later run goes on where this one stopped.
+    Ctrl-C keeps what was measured, and a later run goes on where this one stopped. What compiles does so first, in
+    processes of its own, for half of the budget at most; a kernel that dies or hangs there is left out.
 
     Args:
         budget: seconds, about. again: measure also what the file has. seconds: for timing a call, each direction.
-        progress: called before a call is measured (with None) and after.
+        trials: first calls that were made already. progress: called before a call is measured (with None) and after.
+        compiling: called with (first calls made, in all).
 
     Raises:
         ArgumentError: the file holds figures of another machine. OSError: it cannot be written.
@@ -76,7 +89,18 @@ def tune(
     known = set() if again else known_places(file)
     clock: Clock | None = None
     waiting = coarse_first(calls)
+    kinds: set[Kind] = set()
+    slowest_first = 0.0
     try:
+        if trials is None:
+            trials = try_calls(
+                [call for call in waiting if not _known(call, known)],
+                environment,
+                settings,
+                seconds=COMPILING * budget,
+                progress=compiling,
+            )
+            done.trials = trials
         while waiting:
             call = waiting.pop(0)
             try:
@@ -84,28 +108,48 @@ def tune(
             except AttnrtError as error:
                 done.refused[call] = str(error)
                 continue
-            if (kind_of(request), place_of(request)) in known:
+            if _known(call, known):
                 done.known.append(call)
                 continue
-            if expected_seconds(request, environment) > budget - (time.monotonic() - started):
+            new = kind_of(request) not in kinds
+            expected = expected_seconds(request, environment) + (slowest_first if new else 0.0)
+            if expected > budget - (time.monotonic() - started):
                 done.left.append(call)
                 continue
             clock = clock or clock_for(device)
             if progress is not None:
                 progress(call, None)
-            given = tensors(call, device)
-            found = measure(given, environment, settings, seconds=seconds or SECONDS[device.type], clock=clock)
+            try:
+                given = tensors(call, device)
+                found = measure(
+                    given,
+                    environment,
+                    settings,
+                    seconds=seconds or SECONDS[device.type],
+                    clock=clock,
+                    only=worthwhile(request),
+                    against=trials.against(call),
+                )
+            except torch.OutOfMemoryError as error:  # of the tensors themselves, or of the comparison
+                done.refused[call] = said(error)
+                continue
+            kinds.add(kind_of(request))
+            if new:  # of another kind everything may compile again
+                slowest_first = max(slowest_first, found.first_seconds)
             if found.timings or found.wrong:
                 add(file, [entry_of(given.request, found)], environment, margin)
                 done.measured.append((call, found))
             else:
-                done.refused[call] = _nothing(found)
+                done.refused[call] = _nothing(found, environment)
             del given
             if progress is not None:
                 progress(call, found)
     except KeyboardInterrupt:
         done.interrupted = True
         done.left += waiting
+    except DeviceLost as error:
+        done.lost = str(error)
+        done.left += [call, *waiting]
     done.seconds = time.monotonic() - started
     return done
 
@@ -125,6 +169,14 @@ def entry_of(request: AttentionRequest, found: Measured) -> KindEntry:
     return KindEntry(**kind._asdict() | {"features": list(kind.features)}, calls=[call])
 
 
+def worthwhile(request: AttentionRequest) -> list[str] | None:
+    """Kernels that may win; None is all. One that holds many scores is no choice by its speed (`MeasuredPolicy`), and
+    takes longest to be measured; where every other one is refused there is nothing to measure."""
+    if request.scores * 4 <= MANY:
+        return None
+    return [name for name, kernel in known_kernels().items() if kernel.fused]
+
+
 def known_places(file: Path) -> set[tuple[Kind, Place]]:
     """What a file already has; nothing if it does not exist or cannot be read."""
     try:
@@ -132,6 +184,14 @@ def known_places(file: Path) -> set[tuple[Kind, Place]]:
     except AttnrtError:
         return set()
     return {(kind.kind, call.place) for kind in content.kinds for call in kind.calls}
+
+
+def _known(call: Call, known: set[tuple[Kind, Place]]) -> bool:
+    try:
+        request = call.request()
+    except AttnrtError:
+        return False
+    return (kind_of(request), place_of(request)) in known
 
 
 def coarse_first(calls: Iterable[Call]) -> list[Call]:
@@ -188,15 +248,11 @@ def expected_seconds(request: AttentionRequest, environment: Environment) -> flo
     return 5 * work / SLOWEST.get(environment.device_type, 1e10)
 
 
-def device_of(environment: Environment) -> torch.device:
-    if environment.device_index is None:
-        return torch.device(environment.device_type)
-    return torch.device(environment.device_type, environment.device_index)
-
-
-def _nothing(found: Measured) -> str:
+def _nothing(found: Measured, environment: Environment) -> str:
     if found.failed:
         return "; ".join(f"{name}: {said}" for name, said in found.failed.items())[:300]
+    if len(found.refused) < len(every_candidate(environment)):
+        return "the kernels that can serve it hold all scores, and none of those goes ahead by its speed"
     return "no kernel can serve it: `attnrt explain` has every reason"
 
 
