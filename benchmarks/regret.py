@@ -95,6 +95,7 @@ class Run:
 
     def compile(self, grids: list[Grid]) -> None:
         calls = coarse_first(call for grid in grids for call in (*grid.learned, *grid.judged))
+        print(f"--- first calls of what compiles, {len(calls)} calls", flush=True)
         limit = min(COMPILING[0] * self.seconds, COMPILING[1])
         self.trials = try_calls(calls, self.environment, runtime.settings(None, "default"), seconds=limit)
         if self.trials.processes:

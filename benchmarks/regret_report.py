@@ -12,6 +12,8 @@ SDPA = "F.scaled_dot_product_attention"
 POLICIES = ("default", "tuned", SDPA)
 REPLAYED = " (replayed)"
 """By the device's time alone, as in a CUDA graph; on a GPU a call's own time is the host's where that is longer."""
+EXAMPLES = 4
+"""Calls that a line's sentence names."""
 SHOWN = 3
 """Kernels that are named for a call, fastest first."""
 
@@ -128,17 +130,25 @@ def evidence(result: Mapping[str, Any]) -> str:
     paragraphs = []
     for line in dict.fromkeys(row.line for row in rows):
         members = [row for row in rows if row.line == line]
-        calls = "; ".join(_sentence(row) for row in members)
+        calls = "; ".join(_sentence(row) for row in _examples(members))
         regret = "; ".join(
-            f"{said} {one.mean:.3f} over {one.calls} calls, worst {one.worst:.2f} at {one.at}"
+            f"{said}{one.mean:.3f} over {one.calls} calls, worst {one.worst:.2f} at {one.at}"
             for said, policy in (("", "default"), ("in a CUDA graph ", f"default{REPLAYED}"))
             if (one := summary(members, policy)) is not None
         )
-        paragraphs.append(
-            f"{line}:\n  {machine['device']}, {here}, {result['date'][:10]}, ms: {calls}. Over the fastest kernel, "
-            f"this order's choice took {regret} (benchmarks/regret.py)."
-        )
+        on = f"{machine['device']}, {here}, {result['date'][:10]}"
+        cost = f"Over the fastest kernel, this order's choice took {regret} (benchmarks/regret.py)."
+        paragraphs.append(f"{line.removeprefix('default: ')}:\n  {on}, ms: {calls}. {cost}")
     return "\n\n".join(paragraphs)
+
+
+def _examples(rows: list[Row]) -> list[Row]:
+    """The one that the default policy cost most at, and the last of each class, which is its longest call."""
+    costly = [row for row in rows if row.regret.get("default", 1.0) > 1]
+    found = sorted(costly, key=lambda row: -row.regret["default"])[:1]
+    longest = {row.grid: row for row in rows}
+    found += [row for row in longest.values() if row not in found]
+    return found[:EXAMPLES]
 
 
 def _sentence(row: Row) -> str:

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 from attnrt.environment import Environment
@@ -186,7 +187,9 @@ class _Job:
                     self.children.discard(child)
 
     def _child(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
-        paths = [os.path.abspath(path) for path in sys.path if path] + [os.getcwd()] * ("" in sys.path)
+        # This attnrt before any other; the script's own folder last, as its files may be called like a package.
+        script, *rest = sys.path
+        paths = [str(Path(__file__).resolve().parents[2]), *map(os.path.abspath, (*rest, script))]
         return subprocess.Popen(
             [sys.executable, "-m", "attnrt.evidence.trial_process", *self.arguments],
             stdin=subprocess.PIPE,
