@@ -75,6 +75,10 @@ def sdpa(request: AttentionRequest) -> Callable[..., Tensor] | None:
     return run
 
 
+def label(call: Call) -> str:
+    return title(call) + " training" * call.training
+
+
 class Run:
     """One run: what it may take, what it has."""
 
@@ -100,9 +104,9 @@ class Run:
         self.trials = try_calls(calls, self.environment, runtime.settings(None, "default"), seconds=limit)
         if self.trials.processes:
             print(f"compiled: {self.trials}", flush=True)
-        for trial in self.trials.trials:
-            if trial.outcome in ("failed", "died", "hung"):
-                print(f"    {trial.outcome} {trial.kernel} at {title(trial.call)}: {trial.said}")
+        faults = {(t.kernel, t.said): t for t in self.trials.trials if t.outcome in ("failed", "died", "hung")}
+        for trial in faults.values():
+            print(f"    {trial.outcome} {trial.kernel} at {label(trial.call)}: {trial.said}")
 
     def grid(self, grid: Grid, file: Path, clock: Clock) -> None:
         """Tune on a class's calls, and judge by its others."""
@@ -118,25 +122,25 @@ class Run:
         self.learned += len(done.measured)
         for call, found in done.measured:
             self._note(call, found)
-        self.failed |= {title(call): said for call, said in done.refused.items()}
-        self.left += [f"learning {title(call)}" for call in done.left]
+        self.failed |= {label(call): said for call, said in done.refused.items()}
+        self.left += [f"learning {label(call)}" for call in done.left]
         if done.lost is not None:
             raise DeviceLost(done.lost)
         policies = {"default": self.static, "tuned": self._tuned(file)}
         for call in grid.judged:
             if expected_seconds(call.request(), self.environment) > self.remaining():
-                self.left.append(f"judging {title(call)}")
+                self.left.append(f"judging {label(call)}")
                 continue
             try:
                 self.rows.append(self._judge(grid, call, policies, clock))
             except torch.OutOfMemoryError as error:
-                self.failed[title(call)] = str(error).partition("\n")[0]
+                self.failed[label(call)] = str(error).partition("\n")[0]
                 continue
             print(calls_table(self.rows[-1:]).partition("\n")[2], flush=True)
 
     def _note(self, call: Call, found: Measured) -> None:
-        self.wrong |= {f"{name} at {title(call)}": said for name, said in found.wrong.items()}
-        self.failed |= {f"{name} at {title(call)}": said for name, said in found.failed.items()}
+        self.wrong |= {f"{name} at {label(call)}": said for name, said in found.wrong.items()}
+        self.failed |= {f"{name} at {label(call)}": said for name, said in found.failed.items()}
 
     def _tuned(self, file: Path) -> Policy:
         try:
@@ -173,7 +177,7 @@ def judged(
     """What each policy chooses for the request, beside what was measured."""
     times = found.seconds()
     decisions = {n: runtime.choose(request, environment, runtime.settings(None, p)) for n, p in policies.items()}
-    row = Row(name, title(call), decisions["default"].line, {n: s * 1e3 for n, s in times.items()})
+    row = Row(name, label(call), decisions["default"].line, {n: s * 1e3 for n, s in times.items()})
     row.notes = [f"{n}: {said}" for n, said in (found.failed | found.wrong).items()]
     best = min((s for n, s in times.items() if n != SDPA), default=math.nan)
     for policy, decision in decisions.items():

@@ -153,7 +153,7 @@ def _examples(rows: list[Row]) -> list[Row]:
 
 def _sentence(row: Row) -> str:
     """A call and its fastest kernels by the device's time, with the host's where another kernel is first by it."""
-    said = f"{row.call.removeprefix('bf16 ')}{' training' if row.grid.startswith('training') else ''}: "
+    said = f"{row.call.removeprefix('bf16 ')}: "
     if not row.device_ms:
         return said + figures(row.fastest()[:SHOWN])
     fastest = row.fastest(replayed=True)[:SHOWN]

@@ -42,7 +42,7 @@ ROOM = 0.7
 CONTEXT = 1 << 30
 """Bytes of device memory that a process takes by itself, about."""
 DEATHS = 3
-"""Processes that one place starts anew after a call took the last one along."""
+"""Processes that one kernel may take along: after that it is tried no more."""
 
 
 class Trial(NamedTuple):
@@ -67,16 +67,15 @@ class Trials:
         return sum(trial.outcome in outcomes for trial in self.trials)
 
     def against(self, call: Call) -> dict[str, str]:
-        """Kernels that are better not run on this call here, and why: they failed on it, or on one of its kind took
-        their process along."""
-        found = {}
+        """Kernels that are better not run on this call here, and why: they failed on it, or took their process along
+        on a call of its kind, or on any where none of its kind is known to run."""
         kind = kind_of(call.request())
+        ran = {t.kernel for t in self.trials if t.outcome == "ran" and kind_of(t.call.request()) == kind}
+        found = {}
         for trial in self.trials:
-            if trial.call == call and trial.outcome == "failed":
-                found[trial.kernel] = trial.said
-            elif trial.outcome in ("died", "hung") and kind_of(trial.call.request()) == kind:
+            if trial.outcome in ("died", "hung") and (trial.kernel not in ran or kind_of(trial.call.request()) == kind):
                 found[trial.kernel] = f"{trial.said} (tried in a process of its own, {trial.call})"
-        return found
+        return found | {t.kernel: t.said for t in self.trials if t.call == call and t.outcome == "failed"}
 
     def __str__(self) -> str:
         lost = self.count("left")
@@ -176,12 +175,12 @@ class _Job:
                 thread.join(10)
 
     def _feed(self) -> None:
-        for _ in range(DEATHS + 1):
+        again = True
+        while again and not self.stopped and time.monotonic() < self.deadline:
             with tempfile.TemporaryFile() as log, self._child(log) as child:
                 self.children.add(child)
                 try:
-                    if not self._serve(child, log):
-                        return
+                    again = self._serve(child, log)
                 finally:
                     child.kill()
                     self.children.discard(child)
@@ -208,6 +207,8 @@ class _Job:
             except queue.Empty:
                 return False
             call, kernel = self.tasks[at]
+            if sum(t.kernel == kernel and t.outcome in ("died", "hung") for t in list(self.found.values())) >= DEATHS:
+                continue  # it has cost enough
             started = time.monotonic()
             assert child.stdin is not None
             try:

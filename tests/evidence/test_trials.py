@@ -97,8 +97,7 @@ def test_one_that_raises_dies_or_hangs_costs_no_other(compiled: Path, monkeypatc
     raised, died, hung, ran = (found.against(call) for call in calls)
     assert raised == {"compiling": "RuntimeError: no such instruction"} and ran == {}
     assert "SIGABRT" in died["compiling"] and "not done after 2 s" in hung["compiling"]
-    # Of its kind no other length is tried here either; what only raised may be right at another length.
-    assert found.against(calls[1].changed(seqlen_q=64)) and not found.against(calls[0].changed(seqlen_q=64))
+    assert found.against(calls[1].changed(seqlen_q=64)) == died  # of its kind no other length is run here either
 
 
 def test_the_time_is_kept(compiled: Path) -> None:
@@ -131,3 +130,12 @@ def test_doctor_says_what_died(compiled: Path, monkeypatch: pytest.MonkeyPatch) 
     found = {v.kernel: v for v in doctor.examine(CPU, {}).verdicts}
     assert found["compiling"].status == "failed" and "SIGABRT" in found["compiling"].failed["causal"]
     assert found["reference"].status == "right"
+
+
+def test_one_that_died_is_not_trusted_where_it_was_not_tried(compiled: Path) -> None:
+    dying = BASE.changed(head_dim=DIES)
+    calls = [BASE, *(dying.changed(seqlen_q=n) for n in (16, 32, 48)), BASE.changed(head_dim=RAISES)]
+    found = try_calls(calls, CPU, settings(), seconds=60, processes=1)
+    assert [t.outcome for t in found.trials] == ["ran", "died", "died", "died", "left"]
+    assert found.against(BASE.changed(seqlen_q=99)) == {}  # of the kind that ran
+    assert "SIGABRT" in found.against(BASE.changed(head_dim=64))["compiling"]
