@@ -70,11 +70,11 @@ class Trials:
         """Kernels that are better not run on this call here, and why: they failed on it, or took their process along
         on a call of its kind, or on any where none of its kind is known to run."""
         kind = kind_of(call.request())
-        ran = {t.kernel for t in self.trials if t.outcome == "ran" and kind_of(t.call.request()) == kind}
-        found = {}
-        for trial in self.trials:
-            if trial.outcome in ("died", "hung") and (trial.kernel not in ran or kind_of(trial.call.request()) == kind):
-                found[trial.kernel] = f"{trial.said} (tried in a process of its own, {trial.call})"
+        alike = {t for t in self.trials if kind_of(t.call.request()) == kind}
+        ran = {t.kernel for t in alike if t.outcome == "ran"}
+        lost = [t for t in self.trials if t.outcome in ("died", "hung") and (t in alike or t.kernel not in ran)]
+        lost.sort(key=lambda t: t in alike)  # the nearest is told
+        found = {t.kernel: f"{t.said} (tried in a process of its own, {t.call})" for t in lost}
         return found | {t.kernel: t.said for t in self.trials if t.call == call and t.outcome == "failed"}
 
     def __str__(self) -> str:
