@@ -231,31 +231,33 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, heads: Any, seqlen: tuple[int
 
 def signature(operands: Operands, layout: str, q: Tensor, k: Tensor, longest: tuple[Any, Any]) -> tuple[Any, ...]:
     """What of the optional tensors a choice depends on, for a cache key; lengths on a CPU are checked on the way."""
-    if any(t is not None and t.layout != torch.strided for t in operands):
-        return (None,)  # nothing is ever kept under this key: `bind` refuses it
     grad = torch.is_grad_enabled()
-    parts = tuple(
-        None if t is None else (t.shape, t.stride(), t.dtype, t.device, grad and t.requires_grad) for t in operands
-    )
-    dims = len(_LAYOUT_DIMS[layout].split(","))
-    if (
-        q.ndim != dims
-        or k.ndim != dims
-        or any(t.dtype != torch.int32 or t.ndim != 1 for t in operands[4:8] if t is not None)
-    ):
-        return parts
+    parts: list[Any] = []
+    for t in operands:
+        if t is None:
+            parts.append(None)
+        elif t.layout != torch.strided:
+            return (None,)  # nothing is ever kept under this key: `bind` refuses it
+        else:
+            parts.append((t.shape, t.stride(), t.dtype, t.device, grad and t.requires_grad))
+    dims = 3 if layout == "thd" else 4
+    if q.ndim != dims or k.ndim != dims:
+        return tuple(parts)
+    for t in operands[4:8]:
+        if t is not None and (t.dtype != torch.int32 or t.ndim != 1):
+            return tuple(parts)
     if layout == "thd":
         cu_q, cu_kv = operands.cu_seqlens_q, operands.cu_seqlens_kv
         for name, cu, tokens in (("cu_seqlens_q", cu_q, q.shape[0]), ("cu_seqlens_kv", cu_kv, k.shape[0])):
             if cu is not None and cu.numel():
                 check_cu_seqlens_values(name, cu, tokens)
         if cu_q is None or cu_kv is None or not cu_q.numel() or not cu_kv.numel():
-            return parts
+            return tuple(parts)
         longest_q = longest_sequence("max_seqlen_q", longest[0], "cu_seqlens_q", cu_q)
         longest_kv = longest_sequence("max_seqlen_kv", longest[1], "cu_seqlens_kv", cu_kv)
         return (*parts, same_lengths(cu_q, cu_kv), longest_q, longest_kv)
     if operands.seqlens_q is None and operands.seqlens_kv is None:
-        return parts
+        return tuple(parts)
     length_axis = _AXES[layout][2]
     if operands.seqlens_q is not None:
         check_length_values("seqlens_q", operands.seqlens_q, q.shape[length_axis])

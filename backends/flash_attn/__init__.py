@@ -106,6 +106,19 @@ class FlashAttention2(FlashAttention):
         copies = _dq_copies(request, environment)
         return (*said, f"a deterministic backward keeps {copies} float32 copies of dq") if copies > 1 else said
 
+    def left_out(self, request: AttentionRequest, library: Library) -> tuple[Reason, ...]:
+        from attnrt.backends.flash_attn import fa2_build
+        from attnrt.backends.flash_attn.discovery import binary
+
+        path = binary(library.generation)
+        if path is None:
+            return ()
+        try:
+            found = fa2_build.build(path, path.stat().st_mtime_ns)
+        except OSError:
+            return ()
+        return fa2_build.against(request, found, library.version)
+
 
 class FlashAttention3(FlashAttention):
     """The fastest published kernels for sm90."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -36,8 +37,16 @@ class Call:
 
     def given(self, operands: Operands) -> dict[str, Tensor]:
         """The tensors of one call. Lengths are read with stride 1."""
-        found = {name: getattr(operands, source) for name, source in self.tensors.items()}
-        return {n: t if t.stride(-1) == 1 else t.contiguous() for n, t in found.items()}
+        found = {}
+        for name, at in self._places:
+            tensor = operands[at]
+            assert tensor is not None
+            found[name] = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+        return found
+
+    @cached_property
+    def _places(self) -> tuple[tuple[str, int], ...]:
+        return tuple((name, Operands._fields.index(source)) for name, source in self.tensors.items())
 
 
 def window(r: AttentionRequest, unbounded: int | None) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def _disk_cache(folder: Path | None) -> Iterator[None]:
 
 def compiled_for(generation: Generation) -> tuple[Target, ...]:
     """What the package's compiled part holds machine code or PTX for; empty where that cannot be read."""
-    path = _binary(generation)
+    path = binary(generation)
     try:
         return () if path is None else _targets(path, path.stat().st_mtime_ns)
     except OSError:
@@ -217,7 +217,7 @@ def _targets(path: Path, _changed: int) -> tuple[Target, ...]:
     return targets(path)
 
 
-def _binary(generation: Generation) -> Path | None:
+def binary(generation: Generation) -> Path | None:
     """The extension module's file, found without importing anything."""
     if generation.binary is None:
         return None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnrt.backends.flash_attn.calls import Call, as_passed, dead_rows, swapped, views, window
 from attnrt.backends.flash_attn.discovery import KVCACHE, Library
-from attnrt.backends.flash_attn.tails import set_tails
+from attnrt.backends.flash_attn.tails import Tails
 from attnrt.environment import Environment
 from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
@@ -52,13 +52,14 @@ def prepare(r: AttentionRequest, e: Environment, library: Library) -> Run:
     asked, r = r, as_passed(r)
     how = call(r, e)
     function, fixed, (q_name, k_name, v_name) = library.functions[how.function], how.fixed, how.inputs
+    tails = Tails(r) if r.packed else None
 
     def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
         q, k, v = views(asked, q, k, v)
         found = function(**{q_name: q, k_name: k, v_name: v}, **fixed, **how.given(operands))
         out, lse = found[:2] if r.needs_lse else (found, None)
-        if r.packed:
-            set_tails(r, out, lse, operands)
+        if tails is not None:
+            tails(out, lse, operands)
         (out,) = swapped(r.layout, out)
         return out if lse is None else (out, _lse(r, lse.detach(), operands))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from attnrt.backends.base import Reason
 from attnrt.backends.flash_attn.calls import Call, as_passed, swapped, views, window
 from attnrt.backends.flash_attn.discovery import KVCACHE, Library
-from attnrt.backends.flash_attn.tails import set_tails
+from attnrt.backends.flash_attn.tails import Tails
 from attnrt.environment import Environment
 from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
@@ -79,14 +79,15 @@ def prepare(r: AttentionRequest, e: Environment, library: Library) -> Run:
     function, fixed, (q_name, k_name, v_name) = library.functions[how.function], how.fixed, how.inputs
     # A tensor made while a graph is captured belongs to that graph.
     kept = {} if r.capturing else extra(r, e)
+    tails = Tails(r) if r.packed else None
 
     def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
         q, k, v = views(asked, q, k, v)
         given = how.given(operands) | (extra(r, e) if r.capturing else kept)
         found = function(**{q_name: q, k_name: k, v_name: v}, **fixed, **given)
         out, lse = found[:2] if isinstance(found, tuple) else (found, None)
-        if r.packed:
-            set_tails(r, out, lse, operands)
+        if tails is not None:
+            tails(out, lse, operands)
         (out,) = swapped(r.layout, out)
         if not r.needs_lse:
             return out

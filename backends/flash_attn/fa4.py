@@ -13,7 +13,7 @@ from torch import Tensor
 from attnrt.backends.base import between
 from attnrt.backends.flash_attn.calls import Call, as_passed, swapped, views, window
 from attnrt.backends.flash_attn.discovery import Library
-from attnrt.backends.flash_attn.tails import set_tails
+from attnrt.backends.flash_attn.tails import Tails
 from attnrt.environment import Environment
 from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
@@ -71,6 +71,7 @@ def prepare(r: AttentionRequest, e: Environment, library: Library) -> Run:
     """The call for every tensor set that matches the request."""
     asked, r = r, as_passed(r)
     attention, first, timed = attend(r, e, library), True, not r.needs_grad
+    tails = Tails(r) if r.packed else None
 
     def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
         nonlocal first, timed
@@ -81,8 +82,8 @@ def prepare(r: AttentionRequest, e: Environment, library: Library) -> Run:
             if not timed and out.grad_fn is not None:
                 timed = True
                 _time_backward(asked, out.grad_fn)
-            if r.packed:
-                set_tails(r, out, lse, operands)
+            if tails is not None:
+                tails(out, lse, operands)
             if sinks_by_lse(r):
                 out = _with_sinks(out, lse, operands)
         if first:

@@ -18,6 +18,7 @@ MAGIC = 0xBA55ED50
 _CONTAINER = struct.Struct("<IHHQ")  # magic, version, header size, bytes that follow
 _ENTRY = struct.Struct("<HHIQIIHHI")  # kind, version, header size, bytes, compressed, -, minor, major, arch
 _PTX, _ELF = 1, 2
+_LABELS = b".nv_fatbin", b"__nv_relfatbin"
 
 
 class Target(NamedTuple):
@@ -47,14 +48,18 @@ def targets(path: Path) -> tuple[Target, ...]:
             return ()
         with data:
             try:
-                found = {t for start, end in _sections(data) for t in _entries(data, start, end)}
+                found = {t for start, end in sections(data, *_LABELS) for t in _entries(data, start, end)}
             except (struct.error, IndexError):  # cut short, or another format
                 return ()
     return tuple(sorted(found))
 
 
-def _sections(data: mmap.mmap) -> Iterator[tuple[int, int]]:
-    """Where device code lies."""
+def sections(data: mmap.mmap, *labels: bytes) -> Iterator[tuple[int, int]]:
+    """Where the sections of these names begin and end, in a 64-bit ELF file; none in any other.
+
+    Raises:
+        struct.error, IndexError: it is cut short.
+    """
     if data[:5] != b"\x7fELF\x02":
         return
     (table,) = struct.unpack_from("<Q", data, 0x28)
@@ -64,7 +69,7 @@ def _sections(data: mmap.mmap) -> Iterator[tuple[int, int]]:
         name, kind = struct.unpack_from("<II", data, table + i * size)
         start, length = struct.unpack_from("<QQ", data, table + i * size + 0x18)
         label = data[names + name : data.find(b"\0", names + name)]
-        if label in (b".nv_fatbin", b"__nv_relfatbin") and kind != 8:
+        if label in labels and kind != 8:
             yield start, start + length
 
 

@@ -20,43 +20,57 @@ try:
     import triton
     import triton.language as tl
 
-    from attnrt.backends.triton.launch import launch
+    from attnrt.backends.triton.replay import Recording, on
 except ImportError:  # CUDA builds of torch bring it; without, whole tensors are masked
     triton = None
 
 PROGRAMS = 32
+Part = tuple[Tensor | None, Tensor]
+"""(T, H, D), and the cu_seqlens that say where its sequences end. None is skipped."""
 
 
-def set_tails(r: AttentionRequest, out: Tensor, lse: Tensor | None, operands: Operands) -> None:
-    """What a package's function left unset for a packed batch: zeros in `out`, as it came from its own autograd
-    function, -inf in the LSE, and later zeros in the gradients."""
-    cu_q, cu_kv = operands.cu_seqlens_q, operands.cu_seqlens_kv
-    assert cu_q is not None and cu_kv is not None
-    clear([(out, cu_q)], lse)
-    if r.needs_grad and out.grad_fn is not None:
-        # Before anything else sees them. The first three tensors that these functions take are q, k and v.
-        out.grad_fn.register_hook(lambda grads, _: clear([(grads[0], cu_q), (grads[1], cu_kv), (grads[2], cu_kv)]))
+class Tails:
+    """What a package's function leaves unset for a packed batch: zeros in `out`, as it came from its own autograd
+    function, -inf in the LSE, and later zeros in the gradients. One for each plan, whose launches it notes."""
+
+    def __init__(self, r: AttentionRequest) -> None:
+        self.trained = r.needs_grad
+        self.launches = None if triton is None else (Recording(), Recording())
+
+    def __call__(self, out: Tensor, lse: Tensor | None, operands: Operands) -> None:
+        cu_q, cu_kv = operands.cu_seqlens_q, operands.cu_seqlens_kv
+        assert cu_q is not None and cu_kv is not None
+        self._clear(0, ((out, cu_q),), lse)
+        if self.trained and (node := out.grad_fn) is not None:
+            # Before anything else sees them. The first three tensors that these functions take are q, k and v.
+            node.register_hook(
+                lambda grads, _: self._clear(1, ((grads[0], cu_q), (grads[1], cu_kv), (grads[2], cu_kv)))
+            )
+
+    def _clear(self, half: int, parts: Sequence[Part], lse: Tensor | None = None) -> None:
+        """Set rows from cu_seqlens[-1] on to 0 in each of up to three tensors, and to -inf in `lse`, (H, T), which goes
+        by the first. Autograd does not see the writes: no sequence has these rows, so no gradient depends on them."""
+        offsets = parts[0][1]
+        if self.launches is None or not offsets.is_cuda:
+            _mask(parts, lse)
+            return
+        tensors = [lse, *(t for part in parts for t in part)]
+        with on(offsets):
+            self.launches[half]((offsets, *tensors), _body)
 
 
-def clear(parts: Sequence[tuple[Tensor | None, Tensor]], lse: Tensor | None = None) -> None:
-    """Set rows from cu_seqlens[-1] on to 0 in each of up to three (T, H, D) tensors, and to -inf in `lse`, (H, T).
-
-    Args:
-        parts: (tensor, its cu_seqlens); None is skipped. The LSE goes by the first. Autograd does not see the writes:
-            no sequence has these rows, so no gradient depends on them.
-    """
-    if triton is None or not parts[0][1].is_cuda:
-        _mask(parts, lse)
-        return
+def _body(launch: Any, tensors: Sequence[Tensor | None]) -> None:
+    _, lse, *parts = tensors
+    parts += [None, parts[1]] * (3 - len(parts) // 2)
     arguments: list[Any] = []
-    for x, offsets in (*parts, *((None, parts[0][1]),) * (3 - len(parts))):
+    for x, offsets in zip(parts[::2], parts[1::2], strict=True):
+        assert offsets is not None
         shape = (0, 0, 0, 0, 0) if x is None else (*x.shape, x.stride(0), x.stride(1))
         arguments += [x, offsets, offsets.shape[0] - 1, *shape]
-    with torch.cuda.device(parts[0][1].device):
-        launch(_clear, (PROGRAMS,), *arguments, lse, PROGRAMS=PROGRAMS, num_warps=4)
+    launch(_clear, (PROGRAMS,), *arguments, lse, PROGRAMS=PROGRAMS, num_warps=4)
 
 
-def _mask(parts: Sequence[tuple[Tensor | None, Tensor]], lse: Tensor | None) -> None:
+def _mask(parts: Sequence[Part], lse: Tensor | None) -> None:
     for number, (x, offsets) in enumerate(parts):
         if x is None:
             continue

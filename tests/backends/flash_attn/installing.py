@@ -63,21 +63,28 @@ def module(number: int) -> str:
     return {2: "flash_attn/__init__.py", 3: "flash_attn_interface.py", 4: "flash_attn/cute/__init__.py"}[number]
 
 
-def elf(*entries: tuple[int, int]) -> bytes:
-    """A 64-bit ELF file whose `.nv_fatbin` has one container, with (kind, arch) entries of 24 bytes each."""
+def elf(*entries: tuple[int, int], **others: bytes) -> bytes:
+    """A 64-bit ELF file whose `.nv_fatbin` has one container, with (kind, arch) entries of 24 bytes each.
+
+    others: further sections, as `dynstr=b"..."`.
+    """
     body = b"".join(
         struct.pack("<HHIQIIHHI", kind, 0x101, 64, 24, 0, 0, 0, 0, arch).ljust(64, b"\0") + bytes(24)
         for kind, arch in entries
     )
     fatbin = struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(body)) + body
-    names = b"\0.nv_fatbin\0.shstrtab\0"
-    at_names = 64 + len(fatbin)
-    at_table = -(-(at_names + len(names)) // 8) * 8
-
-    def section(name: int, kind: int, start: int, size: int) -> bytes:
-        return struct.pack("<IIQQQQIIQQ", name, kind, 0, 0, start, size, 0, 0, 8, 0)
-
-    table = section(0, 0, 0, 0) + section(1, 1, 64, len(fatbin)) + section(12, 3, at_names, len(names))
+    held = {b".nv_fatbin": fatbin, **{b"." + name.encode(): content for name, content in others.items()}}
+    names = b"\0" + b"\0".join((*held, b".shstrtab")) + b"\0"
+    held[b".shstrtab"] = names
+    content, table = b"", bytes(64)
+    for name, inside in held.items():
+        kind = 3 if name == b".shstrtab" else 1
+        table += struct.pack(
+            "<IIQQQQIIQQ", names.index(name + b"\0"), kind, 0, 0, 64 + len(content), len(inside), 0, 0, 8, 0
+        )
+        content += inside.ljust(-(-len(inside) // 8) * 8, b"\0")
     header = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
-    header += struct.pack("<HHIQQQIHHHHHH", 3, 62, 1, 0, 0, at_table, 0, 64, 0, 0, 64, 3, 2)
-    return (header + fatbin + names).ljust(at_table, b"\0") + table
+    header += struct.pack(
+        "<HHIQQQIHHHHHH", 3, 62, 1, 0, 0, 64 + len(content), 0, 64, 0, 0, 64, len(held) + 1, len(held)
+    )
+    return header + content + table

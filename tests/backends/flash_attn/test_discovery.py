@@ -150,6 +150,47 @@ def test_what_a_build_of_flash_attn_3_leaves_out(install: Install) -> None:
     assert "built without a backward" in GENERATIONS[3].answer(trained, here(3))[0].message
 
 
+NAMES = (
+    b"_ZN5flash12run_mha_fwd_IN7cutlass10bfloat16_tELi64ELb1EEEvRNS_16Flash_fwd_paramsEP11CUstream_st",
+    b"_ZN5flash28run_mha_fwd_splitkv_dispatchIN7cutlass10bfloat16_tELi64ELb1EEEvRNS_16Flash_fwd_paramsEP11CUstream_st",
+)
+LACKS = b"This flash attention build does not support headdim not being a multiple of 32.\0"
+
+
+@pytest.mark.parametrize(
+    ("asked", "without"),
+    [
+        ({"head_dim": 64}, ()),
+        ({"head_dim": 128}, ("the forward for head_dim 128 in bf16", "the split forward for head_dim 128")),
+        ({"head_dim": 64, "dtype": "fp16", "padded": "kv"}, ("the split forward for head_dim 64 in fp16",)),
+        ({"head_dim": 64, "training": True}, ("the backward for head_dim 64 in bf16, which head_dim 64 takes",)),
+        ({"head_dim": 40}, ("head dims that are not a multiple of 32",)),
+    ],
+)
+def test_what_a_build_of_flash_attn_2_leaves_out(
+    asked: dict[str, object], without: tuple[str, ...], install: Install
+) -> None:
+    """As tools/build_flash_attn_2.py makes one, or whoever cuts its sources by hand."""
+    arguments = "".join(f", {n}=None" for n in ("softmax_scale", "causal", "cache_seqlens", "window_size"))
+    source = "".join(f"def {n}(q, {kv}{arguments}): ...\n" for n, kv in (
+        ("flash_attn_func", "k, v"), ("flash_attn_varlen_func", "k, v"),
+        ("flash_attn_with_kvcache", "k_cache, v_cache"),
+    ))  # fmt: skip
+    binary = elf((2, 90), dynstr=b"\0" + b"\0".join(NAMES) + b"\0", rodata=LACKS)
+    install(2, VERSION[2], {module(2): source, "flash_attn_2_cuda.cpython-311-x86_64-linux-gnu.so": binary})
+    request = AttentionRequest.from_shape(**{"batch": 1, "heads_q": 4, "seqlen_q": 128, **asked})  # type: ignore[arg-type]
+    found = GENERATIONS[2].answer(request, here(2))
+    assert [reason.rule for reason in found] == ["FA2_LEFT_OUT"] * len(without)
+    for reason, words in zip(sorted(found), without, strict=True):
+        assert f"flash-attn 2.8.3 here was built without {words}" in reason.message
+        assert reason.remedy
+
+
+def test_a_build_that_says_nothing_is_taken_at_its_word(install: Install) -> None:
+    install(2, VERSION[2], {module(2): DENSE + OTHERS, "flash_attn_2_cuda.so": b"\x7fELF\x02, cut short"})
+    assert GENERATIONS[2].answer(REQUEST, here(2)) == ()
+
+
 # --- What lies beside it -----------------------------------------------------------------------------------------
 
 
