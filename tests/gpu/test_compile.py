@@ -1,7 +1,11 @@
-"""Graphs on a GPU: every backend that is here, inductor, CUDA graphs, and the pairs behind the operators."""
+"""Graphs on a GPU: every backend that is here, inductor, CUDA graphs, and the pairs behind the operators.
+
+OMP_NUM_THREADS=2 python -m pytest tests/gpu/test_compile.py tests/gpu/test_nn.py -n 6
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,28 +19,56 @@ import attnrt
 from attnrt import operators
 from attnrt.operands import Operands
 
+# Before inductor is imported: a pool of compiling processes for each of pytest's takes longer than these small graphs.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.usefixtures("fresh"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 TORCHS = ("cudnn", "flash", "efficient", "math")
-BACKENDS = ("cudnn", "flash_attn_4", "flash_attn_3", "flash_attn_2", "triton", "reference")
-KERNELS = (*BACKENDS, *(f"torch.{n}" for n in TORCHS))
+PACKAGES = {"cudnn": "nvidia-cudnn-frontend", "flash_attn_4": "flash-attn-4", "flash_attn_3": "flash-attn-3"}
+PACKAGES |= {"flash_attn_2": "flash-attn", "triton": "triton"}
+INSTALLED = dict(attnrt.Environment.detect("cpu").packages)
+LENGTH = 160
+"""Not whole tiles of any kernel."""
+
+
+def kernel(name: str) -> Any:
+    """Skipped by its mark, before any fixture, where its package is not here."""
+    package = PACKAGES.get(name, "torch")
+    absent = INSTALLED[package] is None
+    return pytest.param(name, marks=pytest.mark.skipif(absent, reason=f"{package} is not installed"))
+
+
+KERNELS = [kernel(n) for n in (*PACKAGES, "reference", *(f"torch.{n}" for n in TORCHS))]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_variables() -> Iterator[None]:
+    """One look at packages and variables for all: no test here changes them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in attnrt.settings.NAMES:
+            patch.delenv(name, raising=False)
+        attnrt.refresh()
+        yield
+    attnrt.refresh()
 
 
 @pytest.fixture(autouse=True)
-def traced_anew(fresh: None) -> Iterator[None]:
+def traced_anew() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
-def tensors(length: int = 256, dim: int = 128, dtype: torch.dtype = torch.bfloat16, grad: bool = True) -> list[Tensor]:
+def tensors(
+    length: int = LENGTH, dim: int = 128, dtype: torch.dtype = torch.bfloat16, grad: bool = True
+) -> list[Tensor]:
     """2 x 8 heads over 2."""
     torch.manual_seed(0)
     shapes = (2, length, 8, dim), (2, length, 2, dim), (2, length, 2, dim)
-    return [torch.randn(s, dtype=dtype, device="cuda").transpose(1, 2).requires_grad_(grad) for s in shapes]
+    return [torch.randn(s, dtype=dtype, device="cuda").transpose(1, 2).requires_grad_() for s in shapes]
 
 
 def last() -> attnrt.Decision:
@@ -52,11 +84,13 @@ def only(kernel: str) -> attnrt.override:
     return attnrt.override(backend=backend, disable=disable)
 
 
-def need(kernel: str, *inputs: Tensor, **options: Any) -> None:
-    with only(kernel):
-        report = attnrt.explain(*inputs, **options)
-    if report.backend is None:
-        reasons = report.verdicts[kernel.partition(".")[0]].reasons
+def eager(kernel: str, *inputs: Tensor, **options: Any) -> Any:
+    """The same call without a graph; skips what the kernel does not take."""
+    try:
+        with only(kernel):
+            return attnrt.attention(*inputs, **options)
+    except attnrt.BackendUnavailable as error:
+        reasons = error.report.verdicts[kernel.partition(".")[0]].reasons
         pytest.skip(f"{kernel}: {'; '.join(r.rule for r in reasons)}")
 
 
@@ -65,16 +99,23 @@ def close(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=wide, atol=wide * max(1.0, want.abs().max().item()))
 
 
+def grads_of(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    for t in inputs:
+        t.grad = None
+    out.float().sum().backward()
+    return [t.grad.clone() for t in inputs if t.grad is not None]
+
+
 CALLS: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"causal": True},
     "causal, LSE": {"causal": True, "return_lse": True},
-    "window": {"window": (64, 0), "causal": True},
+    "window": {"window": (40, 0), "causal": True},
     "softcap": {"softcap": 20.0},
     "sinks": {"sinks": torch.randn(8)},
-    "bias": {"bias": torch.randn(8, 256, 256)},
-    "mask": {"mask": torch.rand(2, 1, 256, 256) > 0.2},
-    "padded": {"seqlens_kv": torch.tensor([256, 77], dtype=torch.int32)},
+    "bias": {"bias": torch.randn(8, LENGTH, LENGTH)},
+    "mask": {"mask": torch.rand(2, 1, LENGTH, LENGTH) > 0.2},
+    "padded": {"seqlens_kv": torch.tensor([LENGTH, 77], dtype=torch.int32)},
 }
 
 
@@ -88,7 +129,7 @@ def test_operator_agrees_with_the_oracle(kernel: str, name: str) -> None:
         if n in operands:
             operands[n] = operands[n].to(torch.bfloat16).requires_grad_()
     q, k, v = tensors()
-    need(kernel, q, k, v, **{**options, **operands})
+    eager(kernel, q, k, v, **{**options, **operands})
     scalars = {n: v for n, v in options.items() if n not in operands} | {"alignment": "top_left"}
     grad = torch.randn(q.shape, dtype=q.dtype, device="cuda")
 
@@ -114,7 +155,7 @@ def test_operator_agrees_with_the_oracle(kernel: str, name: str) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_opcheck(kernel: str) -> None:
     q, k, v = tensors()
-    need(kernel, q, k, v, causal=True)
+    eager(kernel, q, k, v, causal=True)
     options = ("bhsd", True, None, None, None, None, 0.0, None, None, None, False, None, None, None, "")
     with only(kernel):
         torch.library.opcheck(
@@ -125,27 +166,11 @@ def test_opcheck(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_inductor_trains_as_eager_does(kernel: str) -> None:
-    q, k, v = tensors()
-    need(kernel, q, k, v, causal=True)
-
-    def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attnrt.attention(q * 1.5, k.sin(), v + 1, causal=True).transpose(1, 2).flatten(2) * 0.5
-
-    with only(kernel):
-        want = layer(q, k, v)
-        got = torch.compile(layer, fullgraph=True)(q, k, v)
-        grad = torch.randn_like(want)
-        for a, b in zip(*(torch.autograd.grad(x, (q, k, v), grad) for x in (got, want)), strict=True):
-            close(a, b)
-    close(got, want)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
 def test_one_trace_for_all_lengths(kernel: str) -> None:
+    """Forward and backward, by inductor."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    need(kernel, *tensors(), causal=True)
+    eager(kernel, *tensors(), causal=True)
     counter = CompileCounterWithBackend("inductor")
     function = torch.compile(
         lambda q, k, v: attnrt.attention(q, k, v, causal=True), fullgraph=True, backend=counter, dynamic=True
@@ -153,46 +178,49 @@ def test_one_trace_for_all_lengths(kernel: str) -> None:
     with only(kernel):
         function(*tensors(96))
         traces = counter.frame_count
-        for length in (128, 200, 513, 64):
-            q, k, v = tensors(length)
-            out = function(q, k, v)
+        for length in (128, 513, 64):
+            inputs = tensors(length)
+            out = function(*inputs)
             assert last().request.dynamic and last().request.seqlen_q == length
-            want = attnrt.attention(q, k, v, causal=True)
+            want = attnrt.attention(*inputs, causal=True)
             close(out, want)
-            for a, b in zip(*(torch.autograd.grad(x.sum(), (q, k, v)) for x in (out, want)), strict=True):
+            for a, b in zip(grads_of(out, inputs), grads_of(want, inputs), strict=True):
                 close(a, b)
     assert counter.frame_count == traces
 
 
-@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_reduce_overhead(kernel: str, training: bool) -> None:
-    """Inductor's CUDA graphs: replays follow their inputs, forward and backward."""
-    q, k, v = tensors(grad=training)
-    need(kernel, q, k, v, causal=True)
-    function = torch.compile(
-        lambda q, k, v: attnrt.attention(q, k, v, causal=True) * 2, fullgraph=True, mode="reduce-overhead"
-    )
+def test_inference_then_training_under_cuda_graphs(kernel: str) -> None:
+    """mode="reduce-overhead": replays follow their inputs, forward and backward; without gradients nothing is kept."""
+    eager(kernel, *tensors(), causal=True)
+
+    def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attnrt.attention(q * 1.5, k, v + 1, causal=True).transpose(1, 2).flatten(2) * 0.5
+
+    function = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
     with only(kernel):
-        for i in range(5):
-            torch.compiler.cudagraph_mark_step_begin()
-            scale = 1 + i / 4
-            inputs = [(t.detach() * scale).requires_grad_(training) for t in (q, k, v)]
-            out = function(*inputs)
-            want = attnrt.attention(*inputs, causal=True) * 2
-            close(out, want)
-            if training:
-                got = [g.clone() for g in torch.autograd.grad(out.sum(), inputs)]
-                for a, b in zip(got, torch.autograd.grad(want.sum(), inputs), strict=True):
-                    close(a, b)
+        for training in (False, True):
+            for step in range(4):
+                torch.compiler.cudagraph_mark_step_begin()
+                inputs = [(t.detach() * (1 + step / 4)).requires_grad_(training) for t in tensors()]
+                with torch.inference_mode(not training):
+                    out = function(*inputs)
+                    want = layer(*inputs)
+                close(out, want)
+                assert out.requires_grad == training == last().request.needs_grad
+                if training:
+                    for a, b in zip(grads_of(out, inputs), grads_of(want, inputs), strict=True):
+                        close(a, b)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_capture_of_a_compiled_function(kernel: str) -> None:
     """torch.cuda.graph around it, forward and backward in one graph."""
-    q, k, v = tensors()
-    need(kernel, q, k, v, causal=True)
-    function = torch.compile(lambda q, k, v: attnrt.attention(q, k, v, causal=True), fullgraph=True)
+    q, k, v = inputs = tensors()
+    eager(kernel, q, k, v, causal=True)
+    function = torch.compile(
+        lambda q, k, v: attnrt.attention(q, k, v, causal=True), fullgraph=True, backend="aot_eager"
+    )
 
     def step() -> tuple[Tensor, ...]:
         out = function(q, k, v)
@@ -209,18 +237,38 @@ def test_capture_of_a_compiled_function(kernel: str) -> None:
         with torch.cuda.graph(graph):
             captured = step()
         with torch.no_grad():
-            for t in (q, k, v):
+            for t in inputs:
                 t.copy_(torch.randn_like(t))
         graph.replay()
         for a, b in zip(captured, step(), strict=True):
             close(a, b)
 
 
-@pytest.mark.parametrize("kernel", ["triton", "torch.flash", "torch.math", "reference"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_checkpoint(kernel: str, reentrant: bool) -> None:
+    inputs = tensors()
+    want = eager(kernel, *inputs, causal=True)
+
+    def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return checkpoint(lambda *t: attnrt.attention(*t, causal=True), q, k, v, use_reentrant=reentrant)  # type: ignore[no-any-return]
+
+    # dynamo takes the other kind only.
+    functions = [block] if reentrant else [block, torch.compile(block, fullgraph=True, backend="aot_eager")]
+    with only(kernel):
+        for function in functions:
+            out = function(*inputs)
+            close(out, want)
+            for a, b in zip(grads_of(out, inputs), grads_of(want, inputs), strict=True):
+                close(a, b)
+            want = attnrt.attention(*inputs, causal=True)
+
+
+@pytest.mark.parametrize("kernel", [kernel(n) for n in ("triton", "torch.flash", "torch.math", "reference")])
 def test_dropout(kernel: str) -> None:
     """The backward drops what the forward dropped: the output is linear in v. Checkpoints draw the same again."""
     q, k, v = tensors(dtype=torch.float16, dim=64)
-    need(kernel, q, k, v, dropout_p=0.5)
+    eager(kernel, q, k, v, dropout_p=0.5)
 
     def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attnrt.attention(q, k, v, dropout_p=0.5)
@@ -232,18 +280,20 @@ def test_dropout(kernel: str) -> None:
         return out.detach(), *torch.autograd.grad(out.float().sum(), (q, k, v))
 
     with only(kernel):
-        out, *grads = drawn(torch.compile(block, fullgraph=True))
+        out, *grads = drawn(torch.compile(block, fullgraph=True, backend="aot_eager"))
         linear = (v.float() * grads[2].float()).sum()
         torch.testing.assert_close(out.float().sum(), linear, rtol=2e-2, atol=2.0)
         torch._dynamo.reset()
-        again = drawn(torch.compile(lambda *t: checkpoint(block, *t, use_reentrant=False), fullgraph=True))
-        for a, b in zip(again, (out, *grads), strict=True):
+        checkpointed = torch.compile(
+            lambda *t: checkpoint(block, *t, use_reentrant=False), fullgraph=True, backend="aot_eager"
+        )
+        for a, b in zip(drawn(checkpointed), (out, *grads), strict=True):
             close(a, b)
 
 
 def test_autocast() -> None:
     q, k, v = tensors(dtype=torch.float32)
-    function = torch.compile(lambda q, k, v: attnrt.attention(q, k, v), fullgraph=True)
+    function = torch.compile(lambda q, k, v: attnrt.attention(q, k, v), fullgraph=True, backend="aot_eager")
     with torch.autocast("cuda", dtype=torch.bfloat16):
         out = function(q, k, v)
         assert out.dtype == torch.bfloat16 and last().request.dtype == "bf16"
@@ -259,7 +309,7 @@ def test_patched_sdpa(mask: bool) -> None:
 
     q, k, v = tensors()
     options: dict[str, Any] = {"enable_gqa": True} | (
-        {"attn_mask": torch.rand(256, 256, device="cuda") > 0.2} if mask else {"is_causal": True}
+        {"attn_mask": torch.rand(LENGTH, LENGTH, device="cuda") > 0.2} if mask else {"is_causal": True}
     )
     want = F.scaled_dot_product_attention(q, k, v, **options)
     with attnrt.patch_sdpa() as patch:
