@@ -58,6 +58,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     },
     "fp32": {"causal": True, "dtype": "float32"},
     "tf32": {"causal": True, "dtype": "float32", "tf32": True},
+    "tf32 full": {"dtype": "float32", "tf32": True},
     "tf32 bias": {"operands": ("bias",), "dtype": "float32", "tf32": True},
     "decode": {"seqlen_q": 1, "seqlen_kv": 32768, "heads": (32, 4), "training": False},
     "padded decode": {
@@ -348,8 +349,22 @@ def _apart(arch: str, dims: str, features: tuple[str, ...]) -> Iterator[Compiled
             yield Compiled(arch, dims, left.pop(0), "?", error=f"the compiler died: {why}")
 
 
+def forget_positions() -> None:
+    """Triton keeps machine code on disk under a hash of the source, and of the line it starts on: without the line, an
+    edit recompiles the kernels that it changed and no others."""
+    from triton.runtime.jit import JITFunction
+
+    from attnrt.backends.triton import backward, decode, forward, hopper_kernel, scores
+
+    for module in (scores, forward, backward, decode, hopper_kernel):
+        for found in vars(module).values():
+            if isinstance(found, JITFunction):
+                found.starting_line_number = 1
+
+
 def work(arch: str, dims: str, features: tuple[str, ...]) -> None:
     """One JSON line for each feature."""
+    forget_positions()
     for feature in features:
         try:
             kernels = compile_call(arch, dims, feature)

@@ -23,6 +23,7 @@ import triton.language as tl
 from attnrt.backends.triton.scores import (
     LOG2E,
     Matrix,
+    accumulate,
     head_pointer,
     key_ranges,
     load_tile,
@@ -150,9 +151,9 @@ def dkdv(
                 there = survives(seed, dropout_p, b, h, heads, rows[None, :], cols[:, None])
                 weights = tl.where(there, p / (1.0 - dropout_p), 0.0)
                 dp = tl.where(there, dp / (1.0 - dropout_p), 0.0)
-            dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            dv = accumulate(dv, weights, dout, PRECISION)
             ds = p * (dp - tl.load(DELTA + (stats + m0) + tl.arange(0, BLOCK_M))[None, :]) * kept
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            dk = accumulate(dk, ds, q, PRECISION)
 
     end_kv = begin_kv + (length_kv if PACKED else seqlen_kv)
     dk *= scale
@@ -216,7 +217,7 @@ def dq(
             there = survives(seed, dropout_p, b, h, heads, rows[:, None], cols[None, :])
             dp = tl.where(there, dp / (1.0 - dropout_p), 0.0)
         ds = p * (dp - delta[:, None]) * kept
-        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+        acc = accumulate(acc, ds, k, PRECISION)
 
     end_q = begin_q + (length_q if PACKED else seqlen_q)
     store_tile(DQ, entry, h, begin_q + m0, end_q, acc * scale, DIM_QK, BLOCK_QK, BLOCK_M)

@@ -26,7 +26,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnrt.backends.triton.scores import LN2, LOG2E, Matrix, inside, key_ranges, load_tile, scores_of, span, visible
+from attnrt.backends.triton.scores import (
+    LN2,
+    LOG2E,
+    Matrix,
+    accumulate,
+    inside,
+    key_ranges,
+    load_tile,
+    rounded,
+    scores_of,
+    span,
+    visible,
+)
 from attnrt.backends.triton.tiles import Tile, arch_class, block_dim
 from attnrt.request import AttentionRequest
 
@@ -122,7 +134,7 @@ def attend_split(
             k = load_tile(
                 K, K_DESCRIPTOR, entry, h_kv, begin_kv + n0, end_kv, DIM_QK, BLOCK_QK, BLOCK_N, part != 1
             )  # fmt: skip
-            s = tl.dot(q, k.T, input_precision=PRECISION)
+            s = tl.dot(rounded(q, PRECISION), rounded(k, PRECISION).T, input_precision=PRECISION)
             if not LINEAR:
                 s, _ = scores_of(
                     s, queries[:, None], cols[None, :], b, h_kv, shift, length_q, length_kv, scale, softcap, slope,
@@ -141,7 +153,7 @@ def attend_split(
             v = load_tile(
                 V, V_DESCRIPTOR, entry, h_kv, begin_kv + n0, end_kv, DIM_V, BLOCK_V, BLOCK_N, part != 1, FOREIGN
             )  # fmt: skip
-            acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+            acc = accumulate(acc * rescale[:, None], p, v, PRECISION)
             m = m_new
 
     live = (l > 0.0) & (queries < length_q)

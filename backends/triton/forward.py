@@ -25,6 +25,7 @@ from attnrt.backends.triton.scores import (
     LN2,
     LOG2E,
     Matrix,
+    accumulate,
     head_pointer,
     key_ranges,
     load_tile,
@@ -123,7 +124,7 @@ def forward(
             v = load_tile(
                 V, V_DESCRIPTOR, entry, h_kv, begin_kv + n0, end_kv, DIM_V, BLOCK_V, BLOCK_N, part != 1, FOREIGN
             )  # fmt: skip
-            acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+            acc = accumulate(acc * rescale[:, None], p, v, PRECISION)
             m = m_new
 
     live = (l > 0.0) & (rows < length_q)

@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -17,13 +18,14 @@ from typing import Any
 import emulation  # before triton
 import numpy as np
 import pytest
+import tf32
 import torch
 import triton
 import triton.language as tl
 from cases import cases
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from oracle import Case, _scores, assert_agrees, gradients
+from oracle import Answers, Case, _scores, answers, assert_agrees, gradients
 from running import run as run_kernel
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
@@ -114,11 +116,11 @@ def build(
     return Case(q, k, v, layout, Operands(**given), grad, options)
 
 
-def check(case: Case, found: dict[str, Tensor]) -> None:
+def check(case: Case, found: dict[str, Tensor], answers: Callable[[Case], Answers] = answers) -> None:
     """`assert_agrees`, for an upstream gradient that may be NaN where no row is."""
     if case.grad is not None:
         case = replace(case, grad=case.grad.nan_to_num())
-    assert_agrees(case, found)
+    assert_agrees(case, found, answers(case))
 
 
 ALONE = (
@@ -245,11 +247,15 @@ class Tf32(Case):
         return replace(super().request(), tf32=True)
 
 
-def test_tf32_is_the_same_here() -> None:
-    """The interpreter does not round to TF32, so what is launched with it must give what exact products give."""
+def test_tf32() -> None:
+    """The kernels round every operand themselves, so that the interpreter shows it too."""
     for loads in HERE:
-        case = build("causal", "bias", "sinks")
-        check(case, run(Tf32(case.q, case.k, case.v, case.layout, case.operands, case.grad, case.options), loads))
+        for features in (("causal", "bias", "sinks"), ("gqa", "padded")):
+            case = build(*features)
+            found = run(Tf32(case.q, case.k, case.v, case.layout, case.operands, case.grad, case.options), loads)
+            check(case, found, tf32.answers)
+            with pytest.raises(AssertionError, match="error"):  # of exact products that would be too much
+                check(case, found)
 
 
 # --- Dropout -----------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def test_classes_fall_back_to_lighter_ones() -> None:
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("kind", ["plain", "varied"])
+@pytest.mark.parametrize("kind", ["plain", "varied", "tf32"])
 def test_tuning_changes_one_tile(kind: str, arch: str) -> None:
     """Of one pass, arch, dim and class; every other call keeps the tile that it had, and comments stay."""
     tune, new = tuning(), Tile(16, 16, 1, 5)
@@ -59,9 +59,9 @@ def test_tuning_changes_one_tile(kind: str, arch: str) -> None:
         row = tune.Row(dim, kind, name)
         text = tune.with_tile(TEXT, arch, row, new)
         for n, a, d, c in product(PASSES, ARCHS, (64, 128, 256), CLASSES):
-            here = tune.Row(d, c, n)
-            before = new if (here, a) == (row, arch) else tune.tile_of(TEXT, a, here)
-            assert tune.tile_of(text, a, here) == before, (here, a)
+            for here in (tune.Row(d, c, n), tune.Row(d, "tf32", n)):
+                before = new if (here, a) == (row, arch) else tune.tile_of(TEXT, a, here)
+                assert tune.tile_of(text, a, here) == before, (here, a)
         assert [x for x in text.splitlines() if x[:1] == "#"] == [x for x in TEXT.splitlines() if x[:1] == "#"]
         assert yaml.safe_load(text)["decode"] == yaml.safe_load(TEXT)["decode"]
 
