@@ -25,7 +25,6 @@ NEEDED = (
     "platformdirs",
     "psutil",
     "pydantic",
-    "pydantic_settings",
     "pytest",
     "rich",
     "triton",
