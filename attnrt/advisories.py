@@ -67,10 +67,15 @@ def load_advisories() -> tuple[Advisory, ...]:
     Raises:
         PolicyError: the file is wrong.
     """
-    from attnrt.policies.loading import read_advisories
+    from attnrt.policies import shipped
 
     file = resources.files("attnrt.configs") / "advisories.yaml"
-    return read_advisories(str(file), file.read_text("utf-8"))
+    text = file.read_text("utf-8")
+    if (found := shipped.advisories(text)) is None:
+        from attnrt.policies.loading import read_advisories
+
+        found = read_advisories(str(file), text)
+    return found
 
 
 @lru_cache(maxsize=256)

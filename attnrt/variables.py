@@ -1,14 +1,16 @@
-"""The environment variables, parsed strictly: a malformed value or an unknown `ATTNRT_` name is an error."""
+"""The environment variables, parsed strictly: a malformed value or an unknown `ATTNRT_` name is an error.
+
+Plain Python: the first call of a process waits for this, and pydantic alone would take it 100 ms to import.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from platformdirs import user_cache_path
-from pydantic import ByteSize, Field, TypeAdapter, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from typing import Any, Literal
 
 from attnrt import registry
 from attnrt.errors import UnknownNameError, VariableError, nearest
@@ -37,71 +39,92 @@ _NVTE = {
 }
 
 
-class Variables(BaseSettings):
+def _names(variable: str, kernels: bool = False) -> Callable[[str], tuple[str, ...]]:
+    def parse(value: str) -> tuple[str, ...]:
+        found = tuple(n.strip() for n in value.split(",") if n.strip())
+        for name in found:
+            registry.check_name(variable, name, kernels=kernels)
+        return found
+
+    return parse
+
+
+def _backend(value: str) -> str:
+    registry.check_name("ATTNRT_BACKEND", value)
+    return value
+
+
+def _policy(value: str) -> str:
+    from attnrt.policies.preference import is_path, policy_names
+
+    if not is_path(value) and value not in policy_names():
+        raise UnknownNameError("ATTNRT_POLICY", value, policy_names())
+    return value
+
+
+def _report(value: str) -> str:
+    if value not in ("off", "once", "each"):
+        raise ValueError("there is no such mode")
+    return value
+
+
+_SIZE = re.compile(r"([0-9]*\.?[0-9]+)\s*(?:([kmgtpe]?)(i?)b?)", re.IGNORECASE)
+
+
+def _bytes(value: str) -> int:
+    """-1 for unlimited."""
+    if value.strip().lower() == "unlimited":
+        return -1
+    found = _SIZE.fullmatch(value.strip())
+    if found is None or (found[3] and not found[2]):
+        raise ValueError("that is no number of bytes")
+    step = 1024 if found[3] else 1000
+    return int(float(found[1]) * step ** " kmgtpe".index(found[2].lower() or " "))
+
+
+def _switch(value: str) -> bool:
+    if value.strip() not in ("0", "1"):
+        raise ValueError("0 or 1 is needed")
+    return value.strip() == "1"
+
+
+def _integer(value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError("that is no integer") from None
+
+
+def _cache_dir() -> Path:
+    from platformdirs import user_cache_path
+
+    return user_cache_path("attnrt")
+
+
+def _from(name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+    return {"name": name, "parse": parse}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variables:
     """The values of every environment variable, parsed."""
 
-    model_config = SettingsConfigDict(
-        env_ignore_empty=True, case_sensitive=True, extra="ignore", frozen=True, populate_by_name=True
+    backend: str | None = field(default=None, metadata=_from("ATTNRT_BACKEND", _backend))
+    prefer: tuple[str, ...] = field(default=(), metadata=_from("ATTNRT_PREFER", _names("ATTNRT_PREFER")))
+    disable: tuple[str, ...] = field(
+        default=(), metadata=_from("ATTNRT_DISABLE", _names("ATTNRT_DISABLE", kernels=True))
     )
-
-    backend: str | None = Field(default=None, validation_alias="ATTNRT_BACKEND")
-    prefer: Annotated[tuple[str, ...], NoDecode] = Field(default=(), validation_alias="ATTNRT_PREFER")
-    disable: Annotated[tuple[str, ...], NoDecode] = Field(default=(), validation_alias="ATTNRT_DISABLE")
-    policy: str | None = Field(default=None, validation_alias="ATTNRT_POLICY")
-    report: Literal["off", "once", "each"] = Field(default="off", validation_alias="ATTNRT_REPORT")
-    cache_dir: Path = Field(default_factory=lambda: user_cache_path("attnrt"), validation_alias="ATTNRT_CACHE_DIR")
-    unfused_limit: int | None = Field(default=None, validation_alias="ATTNRT_UNFUSED_LIMIT")
-    verify: bool = Field(default=False, validation_alias="ATTNRT_VERIFY")
-    nvte_flash_attn: int = Field(default=1, validation_alias="NVTE_FLASH_ATTN")
-    nvte_fused_attn: int = Field(default=1, validation_alias="NVTE_FUSED_ATTN")
-    nvte_unfused_attn: int = Field(default=1, validation_alias="NVTE_UNFUSED_ATTN")
-    nvte_allow_nondeterministic_algo: int = Field(default=1, validation_alias="NVTE_ALLOW_NONDETERMINISTIC_ALGO")
-
-    @field_validator("prefer", "disable", mode="before")
-    @classmethod
-    def _split(cls, value: Any) -> Any:
-        return tuple(n.strip() for n in value.split(",") if n.strip()) if isinstance(value, str) else value
-
-    @field_validator("backend")
-    @classmethod
-    def _known(cls, value: str | None) -> str | None:
-        if value is not None:
-            registry.check_name("ATTNRT_BACKEND", value)
-        return value
-
-    @field_validator("prefer", "disable")
-    @classmethod
-    def _all_known(cls, value: tuple[str, ...], info: Any) -> tuple[str, ...]:
-        for name in value:
-            registry.check_name(f"ATTNRT_{info.field_name.upper()}", name, kernels=info.field_name == "disable")
-        return value
-
-    @field_validator("policy")
-    @classmethod
-    def _policy(cls, value: str | None) -> str | None:
-        from attnrt.policies.preference import is_path, policy_names
-
-        if value is not None and not is_path(value) and value not in policy_names():
-            raise UnknownNameError("ATTNRT_POLICY", value, policy_names())
-        return value
-
-    @field_validator("unfused_limit", mode="before")
-    @classmethod
-    def _bytes(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return (
-                -1
-                if value.strip().lower() == "unlimited"
-                else int(TypeAdapter(ByteSize).validate_python(value.strip()))
-            )
-        return value
-
-    @field_validator("verify", mode="before")
-    @classmethod
-    def _switch(cls, value: Any) -> Any:
-        if isinstance(value, str) and value.strip() not in ("0", "1"):
-            raise ValueError("0 or 1 is needed")
-        return value
+    policy: str | None = field(default=None, metadata=_from("ATTNRT_POLICY", _policy))
+    report: Literal["off", "once", "each"] = field(default="off", metadata=_from("ATTNRT_REPORT", _report))
+    cache_dir: Path = field(default_factory=_cache_dir, metadata=_from("ATTNRT_CACHE_DIR", Path))
+    unfused_limit: int | None = field(default=None, metadata=_from("ATTNRT_UNFUSED_LIMIT", _bytes))
+    verify: bool = field(default=False, metadata=_from("ATTNRT_VERIFY", _switch))
+    nvte_flash_attn: int = field(default=1, metadata=_from("NVTE_FLASH_ATTN", _integer))
+    nvte_fused_attn: int = field(default=1, metadata=_from("NVTE_FUSED_ATTN", _integer))
+    nvte_unfused_attn: int = field(default=1, metadata=_from("NVTE_UNFUSED_ATTN", _integer))
+    nvte_allow_nondeterministic_algo: int = field(
+        default=1, metadata=_from("NVTE_ALLOW_NONDETERMINISTIC_ALGO", _integer)
+    )
 
     @property
     def deterministic(self) -> bool:
@@ -111,14 +134,14 @@ class Variables(BaseSettings):
     def disabled(self) -> list[tuple[str, str]]:
         """(name, what disabled it)."""
         found = [(name, "ATTNRT_DISABLE") for name in self.disable]
-        for field, (source, targets) in _NVTE.items():
-            if getattr(self, field) == 0:
+        for attribute, (source, targets) in _NVTE.items():
+            if getattr(self, attribute) == 0:
                 found += [(name, source) for name in targets]
         return found
 
 
 def read_variables() -> Variables:
-    """Parse os.environ.
+    """Parse os.environ; an empty value is as good as none.
 
     Raises:
         VariableError: every malformed value and unknown `ATTNRT_` name, in one message.
@@ -129,14 +152,16 @@ def read_variables() -> Variables:
         for name in sorted(os.environ)
         if name.startswith("ATTNRT_") and name not in NAMES
     ]
-    try:
-        variables = Variables()
-    except ValidationError as error:
-        for entry in error.errors():
-            name = str(entry["loc"][0])
-            message = entry["msg"].removeprefix("Value error, ").removeprefix(f"{name}={os.environ.get(name)!r}: ")
-            problems.append(f"{name}={os.environ.get(name)!r}: {message}; it takes {VALUES[name]}")
-        raise VariableError("; ".join(problems)) from None
+    given: dict[str, Any] = {}
+    for known in fields(Variables):
+        name = known.metadata["name"]
+        if not (value := os.environ.get(name)):
+            continue
+        try:
+            given[known.name] = known.metadata["parse"](value)
+        except ValueError as error:
+            said = str(error).removeprefix(f"{name}={value!r}: ")
+            problems.append(f"{name}={value!r}: {said}; it takes {VALUES[name]}")
     if problems:
         raise VariableError("; ".join(problems))
-    return variables
+    return Variables(**given)

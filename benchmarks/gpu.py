@@ -36,7 +36,6 @@ NEEDED = (
     "platformdirs",
     "psutil",
     "pydantic",
-    "pydantic_settings",
     "pytest",
     "rich",
     "triton",

@@ -125,7 +125,11 @@ def _load_builtin(name: str, known: Iterable[str]) -> PreferencePolicy:
     if name not in files:
         raise UnknownNameError("policy", name, policy_names())
     if (policy := _builtin_loaded.get(name)) is None or policy.names.difference(known):
-        policy = _builtin_loaded[name] = _read(str(files[name]), files[name].read_text("utf-8"), known)
+        from attnrt.policies import shipped
+
+        file, text = str(files[name]), files[name].read_text("utf-8")
+        policy = shipped.policy(file, text, known, _load_builtin) or _read(file, text, known)
+        _builtin_loaded[name] = policy
     return policy
 
 

@@ -12,6 +12,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -337,6 +338,73 @@ def host_time() -> str:
 
 
 @question
+def host_time_in_autograds_thread() -> str:
+    """A backward's execute, called here and from the thread in which autograd runs backwards on a GPU: with the handle
+    that this thread uses too, with one of its own, and with nothing to do. Medians; whole: of `torch.autograd.grad`."""
+    from array import array
+
+    from attnrt.backends.cudnn.device import create_handle, current_stream
+
+    case = make(128, 128, heads=(4, 4), return_lse=False, causal=True)
+    gpu, call = device(0), Call(case.request(), device(0))
+    q, k, v = (x.detach() for x in (case.q, case.k, case.v))
+    out, stats, launch = call.plain_forward(q, k, v)
+    assert stats is not None and case.grad is not None
+    grads = call.plain_backward(launch, q, k, v, out, stats, case.grad)
+    plan = launch.backwards[case.grad.stride()].plan
+    pointers = [x.data_ptr() for x in (q, k, v, out, stats, case.grad, *grads)]
+    own = create_handle(gpu.cudnn, 0)
+    gpu.cudnn.set_stream(handle=own, stream=current_stream(0))
+    lowered = plan.graph._lowered_graph._execute_with_raw_ptrs
+    given = array("Q", pointers)
+    workspace = torch.empty(max(1, plan.workspace), dtype=torch.uint8, device="cuda")
+    address, count, space = given.buffer_info()[0], len(pointers), workspace.data_ptr()
+    ways: dict[str, Callable[[], Any]] = {
+        "nothing": lambda: None,
+        "shared handle": lambda: lowered(address, count, space, gpu.raw, -1),
+        "own handle": lambda: lowered(address, count, space, int(getattr(own, "backend_handle", own)), -1),
+        "device.run": lambda: gpu.run(plan, pointers),
+        "workspace alone": lambda: torch.empty(plan.workspace, dtype=torch.uint8, device=gpu.torch_device),
+        "three gradients alone": lambda: [torch.empty_like(x) for x in (q, k, v)],
+    }
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, way: Callable[[], Any], spent: list[float]) -> Tensor:
+            ctx.way, ctx.spent = way, spent
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            start = time.perf_counter()
+            ctx.way()
+            ctx.spent.append(time.perf_counter() - start)
+            return grads[0], None, None
+
+    def median(times: list[float]) -> str:
+        return f"{1e6 * sorted(times)[len(times) // 2]:.1f}"
+
+    x, said = torch.zeros(8, device="cuda", requires_grad=True), []
+    ones = torch.ones(8, device="cuda")
+    for name, way in ways.items():
+        here: list[float] = []
+        there: list[float] = []
+        whole: list[float] = []
+        for _ in range(300):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            way()
+            here.append(time.perf_counter() - start)
+            y = Node.apply(x, way, there)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            torch.autograd.grad(y, x, ones)
+            whole.append(time.perf_counter() - start)
+        said.append(f"{name}: here {median(here)} us, there {median(there)}, whole {median(whole)}")
+    return "\n  " + "\n  ".join(said)
+
+
+@question
 def kernel_cache_across_lengths() -> str:
     """Forward plans that share compiled kernels: seconds for each of five lengths, and whether the numbers hold."""
     from attnrt.backends.cudnn.drawing import Unsupported, draw
@@ -373,73 +441,124 @@ def apart(found: Tensor, want: Tensor) -> str:
     return f"{float(gap):.0e}" + (f" and {100 * float(bad):.0f}% not finite" if bad else "")
 
 
-def by_plans(spec: Any, tensors: dict[Uid, int], out: Tensor) -> dict[str, Tensor | str]:
-    """What each of the library's plans for a graph writes into `out`, by the plan's name."""
+@cache
+def built(spec: Any) -> dict[str, tuple[Any, int] | str]:
+    """Every plan that the library has for a graph, by name: its graph and index, or why it does not build."""
     from attnrt.backends.cudnn.drawing import draw
 
-    gpu, found = device(0), {}
-    graph = draw(gpu.cudnn, spec, handle=gpu.handle)
+    graph, found = draw(device(0).cudnn, spec, handle=device(0).handle), {}
     for i in range(graph.get_execution_plan_count()):
         name = f"{i} {graph.get_plan_name_at_index(i)}"
         try:
             graph.build_plan_at_index(i)
-            size = max(1, graph.get_workspace_size_plan_at_index(i))
-            workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
-            gpu.set_stream(torch.cuda.current_stream().cuda_stream)
-            out.fill_(math.nan)
-            pack = {int(u): p for u, p in tensors.items()}
-            graph.execute_plan_at_index(pack, workspace.data_ptr(), i, handle=gpu.handle)
-            torch.cuda.synchronize()
-            found[name] = out.clone()
+            found[name] = (graph, i)
         except Exception as error:
             found[name] = f"{type(error).__name__}: {str(error)[:80]}"
-            if "CUDA error" in str(error):
-                raise
+    return found
+
+
+def by_plans(
+    spec: Any, tensors: dict[Uid, int], out: Tensor, times: dict[str, float] | None = None
+) -> dict[str, Tensor | str]:
+    """What each of the library's plans for a graph writes into `out`, by the plan's name; `times`: us on the device."""
+    gpu, found = device(0), {}
+    pack = {int(u): p for u, p in tensors.items()}
+    for name, plan in built(spec).items():
+        if isinstance(plan, str):
+            found[name] = plan
+            continue
+        graph, i = plan
+        size = max(1, graph.get_workspace_size_plan_at_index(i))
+        workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
+        gpu.set_stream(torch.cuda.current_stream().cuda_stream)
+
+        def go(graph: Any = graph, i: int = i, workspace: Tensor = workspace) -> None:
+            graph.execute_plan_at_index(pack, workspace.data_ptr(), i, handle=gpu.handle)
+
+        if times is not None:
+            times[name] = timed(go)
+        out.fill_(math.nan)
+        go()
+        torch.cuda.synchronize()
+        found[name] = out.clone()
     return found
 
 
 @question
 def nan_in_pages() -> str:
-    """Several queries against pages, by plan: what NaN in unused slots, or in unused pages only, does to live rows."""
+    """Several queries against pages, by plan: what NaN in unused slots, or in unused pages only, does to live rows, and
+    what each takes beside Triton's kernel. A plan that lets nothing in and is not slower would lift
+    CUDNN_PAGED_QUERIES."""
     said = []
-    for layout, queries, size, causal in (
-        ("bhsd", 4, 16, True), ("bshd", 4, 16, True), ("bhsd", 4, 16, False), ("bhsd", 4, 128, True),
-        ("bhsd", 200, 64, True), ("bhsd", 1, 16, False),
+    for layout, queries, size, causal, longest in (
+        ("bhsd", 4, 16, True, 640), ("bshd", 4, 16, True, 640), ("bhsd", 4, 16, False, 640),
+        ("bhsd", 4, 128, True, 640), ("bhsd", 200, 64, True, 640), ("bhsd", 1, 16, False, 640),
+        ("bshd", 4, 64, True, 16384), ("bshd", 512, 64, True, 16384),
     ):  # fmt: skip
-        lengths_kv, pages = (640, 77, 333), 640 // size
+        lengths_kv, pages = (longest, 77, longest // 2 + 13), longest // size
         table = torch.arange(3 * pages, device="cuda", dtype=torch.int32).reshape(3, pages)
         options = {"causal": True, "alignment": "bottom_right"} if causal else {}
         operands = Operands(seqlens_kv=ints(*lengths_kv), page_table=table)
-        case = make(queries, 640, 3, layout=layout, dim=128, training=False, operands=operands, **options)
-        pool = (3 * pages, 2, size, 128) if layout == "bhsd" else (3 * pages, size, 2, 128)
+        case = make(
+            queries, longest, 3, (16, 4), layout, 128, training=False, operands=operands, return_lse=False, **options
+        )
+        pool = (3 * pages, 4, size, 128) if layout == "bhsd" else (3 * pages, size, 4, 128)
         whole = [torch.randn(pool, device="cuda").to(BF16) for _ in range(2)]
         kinds: dict[str, dict[str, Tensor | str]] = {}
+        times: dict[str, float] = {}
         for kind in ("numbers", "NaN in unused pages", "NaN in unused slots"):
-            pools = [x.clone() for x in whole]
-            if kind != "numbers":
-                for x, (b, n) in ((x, bn) for x in pools for bn in enumerate(lengths_kv)):
-                    first = b * pages + -(-n // size)
-                    x[first : (b + 1) * pages] = math.nan
-                    if kind == "NaN in unused slots" and n % size:
-                        (x[first - 1, :, n % size :] if layout == "bhsd" else x[first - 1, n % size :]).fill_(math.nan)
-            case.k, case.v = pools
+            case.k, case.v = poisoned(whole, layout, lengths_kv, size, kind)
             raw = Raw(case)
             launch = raw._forward_launch(case.q, case.k, case.v, case.operands)
-            out, stats = torch.empty_like(case.q), raw._new_stats(case.q)
+            out = torch.empty_like(case.q)
             given, _, kept = raw._operands(case.operands, case.q.device, pages=launch.spec.pages)
             places = launch.places(case.operands, lengths(raw.request, case.operands, case.q.device), case.q.device)
             given |= {Uid.Q: case.q.data_ptr(), Uid.K: case.k.data_ptr(), Uid.V: case.v.data_ptr()}
-            given |= {Uid.O: out.data_ptr(), Uid.STATS: stats.data_ptr(), **places.addresses()}
-            kinds[kind] = by_plans(launch.spec, {u: given[u] for u in launch.spec.uids()}, out)
+            given |= {Uid.O: out.data_ptr(), **places.addresses()}
+            tensors = {u: given[u] for u in launch.spec.uids()}
+            kinds[kind] = by_plans(launch.spec, tensors, out, times if kind == "numbers" else None)
             del kept
+        title = f"{layout} {queries}q p{size} kv{longest} {'causal ' if causal else ''}"
+        said.append(f"{title}triton: {by_triton(case)}")
         for name, want in kinds["numbers"].items():
             if isinstance(want, str):
-                said.append(f"{layout} {queries}q p{size} {name}: {want}")
+                said.append(f"{title}{name}: {want}")
                 continue
             others = {k: found[name] for k, found in kinds.items() if k != "numbers"}
             line = ", ".join(f"{k} {x if isinstance(x, str) else apart(x, want)}" for k, x in others.items())
-            said.append(f"{layout} {queries}q p{size} {'causal ' if causal else ''}plan {name}: {line}")
+            said.append(f"{title}plan {name}: {times.get(name, math.nan):.0f} us, {line}")
     return "\n  " + "\n  ".join(said)
+
+
+def poisoned(whole: list[Tensor], layout: str, lengths_kv: tuple[int, ...], size: int, kind: str) -> list[Tensor]:
+    """Pools in which nobody's slots, or only nobody's pages, hold NaN."""
+    pools = [x.clone() for x in whole]
+    if kind == "numbers":
+        return pools
+    pages = len(whole[0]) // len(lengths_kv)
+    for x in pools:
+        for b, n in enumerate(lengths_kv):
+            first = b * pages + -(-n // size)
+            x[first : (b + 1) * pages] = math.nan
+            if kind == "NaN in unused slots" and n % size:
+                (x[first - 1, :, n % size :] if layout == "bhsd" else x[first - 1, n % size :]).fill_(math.nan)
+    return pools
+
+
+def by_triton(case: Case) -> str:
+    """Device time of the same call by our Triton kernel."""
+    import attnrt
+
+    operands = {n: t for n, t in zip(Operands._fields, case.operands, strict=True) if t is not None}
+    options = {n: x for n, x in case.options.items() if n != "return_lse"}
+
+    def go() -> Any:
+        return attnrt.attention(case.q, case.k, case.v, layout=case.layout, backend="triton", **operands, **options)
+
+    try:
+        return f"{timed(go):.0f} us"
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:80]}"
 
 
 @question

@@ -30,6 +30,18 @@ def capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
+def create_handle(cudnn: Any, index: int) -> Any:
+    """A handle on the current device, which is that one.
+
+    `cudnn.create_handle` of 1.28 does the same and imports cuda.bindings to learn the device's number.
+    """
+    library, kind = getattr(cudnn, "_pybind_module", None), getattr(cudnn, "Handle", None)
+    if library is None or kind is None:
+        return cudnn.create_handle()
+    raw = library.create_handle()
+    return kind(raw, index, library.get_stream(raw))
+
+
 class Device:
     """A live GPU. Plans run on one handle, whose stream is set each time, under one lock; they are built on another, so
     that building, which takes a second, holds up nobody who has a plan."""
@@ -44,7 +56,7 @@ class Device:
         self.torch_device = torch.device("cuda", index)
         self.lock, self.build_lock = Lock(), Lock()
         with torch.cuda.device(index):
-            self.handle = cudnn.create_handle()
+            self.handle = create_handle(cudnn, index)
         # Before 1.28 a handle is a number.
         self.raw = int(getattr(self.handle, "backend_handle", self.handle))
         self._stream: int | None = None
@@ -53,7 +65,7 @@ class Device:
     def builder(self) -> Any:
         """The handle to build with. Hold `build_lock`."""
         if self._builder is None:
-            self._builder = self.cudnn.create_handle()
+            self._builder = create_handle(self.cudnn, self.index)
         return self._builder
 
     def versions(self) -> tuple[str, ...]:

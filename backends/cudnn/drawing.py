@@ -17,7 +17,8 @@ class Unsupported(RuntimeError):
 
 
 def draw(cudnn: Any, spec: GraphSpec, **where: Any) -> Any:
-    """The graph, checked by the library and ready for its plan to be built.
+    """The graph, checked by the library and ready for its plan to be built. Its fallback engines are asked for
+    only where its heuristic has none: asking takes as long as all the rest.
 
     Never with a kernel cache: plans that share one build in 10 ms where others take 50 to 500, and gave wrong numbers
     for every length but the first (cuDNN 9.19, frontend 1.28, H200; tools/cudnn_facts.py --only
@@ -28,22 +29,31 @@ def draw(cudnn: Any, spec: GraphSpec, **where: Any) -> Any:
     Raises:
         Unsupported: the library refuses the graph.
     """
-    types = cudnn.data_type
+    refused = (cudnn.cudnnGraphNotSupportedError, RuntimeError, ValueError)
     try:
-        graph = cudnn.pygraph(
-            name="attnrt",
-            io_data_type=_dtype(cudnn, spec.dtype),
-            intermediate_data_type=types.FLOAT,
-            compute_data_type=types.FLOAT,
-            **where,
-        )
-        (_backward if spec.backward else _forward)(cudnn, graph, spec)
-        graph.validate()
-        graph.build_operation_graph()
-        graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-        graph.check_support()
-    except (cudnn.cudnnGraphNotSupportedError, RuntimeError, ValueError) as error:
-        raise Unsupported(words(error)) from error
+        return _planned(cudnn, spec, cudnn.heur_mode.A, where)
+    except refused as error:
+        first = error
+    try:
+        return _planned(cudnn, spec, cudnn.heur_mode.FALLBACK, where)
+    except refused:
+        raise Unsupported(words(first)) from first
+
+
+def _planned(cudnn: Any, spec: GraphSpec, mode: Any, where: dict[str, Any]) -> Any:
+    types = cudnn.data_type
+    graph = cudnn.pygraph(
+        name="attnrt",
+        io_data_type=_dtype(cudnn, spec.dtype),
+        intermediate_data_type=types.FLOAT,
+        compute_data_type=types.FLOAT,
+        **where,
+    )
+    (_backward if spec.backward else _forward)(cudnn, graph, spec)
+    graph.validate()
+    graph.build_operation_graph()
+    graph.create_execution_plans([mode])
+    graph.check_support()
     return graph
 
 
