@@ -216,35 +216,42 @@ def terms(given: Tensors, pieces: Sequence[Piece], cotangent: Tensor) -> dict[st
     """
     r, wanted = given.request, given.leaves()
     shared = [n for n, t in wanted.items() if n in SHARED and t.numel() <= BIAS]
-    sums: list[dict[str, Tensor]] = []
-    for power in (1, 2):
-        found: dict[str, list[Tensor]] = {n: [] for n in ("q", "k") if n in wanted}
-        whole = {n: torch.zeros(wanted[n].shape, dtype=torch.float64, device=given.q.device) for n in shared}
-        for piece in pieces:
-            leaves = _leaves(given, piece, torch.float64, "bias" in shared)
-            weights, v, sink, _ = _weights(given, piece, {n: t.detach() for n, t in leaves.items()})
-            grad = cotangent[index_of(r.layout, piece, first_token(given, piece.sequence, "q"))].double()
-            grad = grad if r.layout == "bhsd" else grad.transpose(0, 1)
-            products = (grad @ v.mT).nan_to_num(0.0, 0.0, 0.0)
-            within = torch.cat([weights * products, grad * (weights @ v)], -1).nan_to_num(0.0, 0.0, 0.0)
-            row = within.abs().pow(power).sum(-1, keepdim=True)
-            total = (weights * products).sum(-1, keepdim=True).abs().pow(power)
-            scores = weights.pow(power) * (products.abs().pow(power) + total + row)
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {n: [] for n in ("q", "k") if n in wanted}
+    whole = {n: torch.zeros((2, *wanted[n].shape), dtype=torch.float64, device=given.q.device) for n in shared}
+    for piece in pieces:
+        leaves = _leaves(given, piece, torch.float64, "bias" in shared)
+        weights, v, sink, _ = _weights(given, piece, {n: t.detach() for n, t in leaves.items()})
+        grad = cotangent[index_of(r.layout, piece, first_token(given, piece.sequence, "q"))].double()
+        grad = grad if r.layout == "bhsd" else grad.transpose(0, 1)
+        within = (weights * (grad @ v.mT)).nan_to_num_(0.0, 0.0, 0.0)  # P G
+        stored = (grad * (weights @ v)).nan_to_num_(0.0, 0.0, 0.0)  # dO O
+        total = within.sum(-1, keepdim=True)
+        heads = _kv_heads(given, piece)
+        which = torch.searchsorted(heads, piece.heads // r.group)
+        q, k = ((leaves[n].detach() * r.scale).nan_to_num_(0.0, 0.0, 0.0).abs() for n in ("q", "k"))
+        pairs: dict[str, list[Tensor]] = {n: [] for n in found}
+        for at in range(2):  # the values, then their squares
+            if not at:
+                within, stored, total = within.abs(), stored.abs(), total.abs()
+            else:
+                within, stored, total, weights, q, k = (t.square() for t in (within, stored, total, weights, q, k))
+                sink = None if sink is None else sink.square()
+            row = within.sum(-1, keepdim=True) + stored.sum(-1, keepdim=True)
+            scores = torch.addcmul(within, weights.nan_to_num(0.0), total + row)  # |P G| + P (|D| + row)
             if sink is not None and "sinks" in whole:
-                whole["sinks"].index_add_(0, piece.heads, (sink.pow(power) * row[..., 0]).sum(-1))
+                whole["sinks"][at].index_add_(0, piece.heads, (sink * row[..., 0]).sum(-1))
             if "bias" in whole:  # summed over what it is broadcast along, as its gradient is
                 plane = leaves["plane"].expand(weights.shape)
-                whole["bias"] += torch.autograd.grad(plane, leaves["bias"], scores)[0]
-            heads = _kv_heads(given, piece)
-            which = torch.searchsorted(heads, piece.heads // r.group)
-            q, k = ((leaves[n].detach() * r.scale).nan_to_num(0.0, 0.0, 0.0).abs().pow(power) for n in ("q", "k"))
+                whole["bias"][at] += torch.autograd.grad(plane, leaves["bias"], scores, retain_graph=True)[0]
             if "q" in found:
-                found["q"].append(scores @ k[which])
+                pairs["q"].append((scores @ k[which]).flatten())
             if "k" in found:
-                found["k"].append(torch.zeros_like(k).index_add_(0, which, scores.mT @ q))
-        sums.append({n: torch.cat([t.flatten() for t in ts]) for n, ts in found.items() if ts})
-        sums[-1] |= {n: t.flatten() for n, t in whole.items()}
-    return {f"the gradient of {n}": Terms(sums[0][n], sums[1][n].sqrt()) for n in sums[0]}
+                pairs["k"].append(torch.zeros_like(k).index_add_(0, which, scores.mT @ q).flatten())
+        for name, (absolute, squares) in pairs.items():
+            found[name].append((absolute, squares))
+    sums = {n: (torch.cat([a for a, _ in ts]), torch.cat([b for _, b in ts])) for n, ts in found.items() if ts}
+    sums |= {n: (t[0].flatten(), t[1].flatten()) for n, t in whole.items()}
+    return {f"the gradient of {n}": Terms(absolute, squares.sqrt()) for n, (absolute, squares) in sums.items()}
 
 
 def _attend(given: Tensors, piece: Piece, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
