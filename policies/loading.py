@@ -15,6 +15,7 @@ from attnrt.environment import PACKAGES
 from attnrt.errors import ArgumentError, PolicyError, nearest, shown
 from attnrt.policies.base import REST
 from attnrt.policies.conditions import Condition, compile_when
+from attnrt.policies.plain import plain_data
 from attnrt.policies.preference import Line, PreferencePolicy
 
 Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
@@ -182,23 +183,7 @@ class Document:
     def __init__(self, file: str, text: str) -> None:
         self.file = file
         self._lines: dict[Path, int] = {}
-        loader = None
-        try:
-            loader = yaml.SafeLoader(text)
-            node = loader.get_single_node()
-            if node is None:
-                raise PolicyError(file, 1, "the file is empty")
-            self._index((), node, set())
-            self.data = loader.construct_document(node)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            if isinstance(error, PolicyError):
-                raise
-            mark = getattr(error, "problem_mark", None)
-            problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
-            raise PolicyError(file, mark.line + 1 if mark else None, f"not YAML that we read: {problem}") from None
-        finally:
-            if loader is not None:
-                loader.dispose()
+        self.data = plain_data(file, text, lambda root: self._index((), root, set()))
 
     def _index(self, at: Path, node: yaml.Node, seen: set[int]) -> None:
         self._lines.setdefault(at, node.start_mark.line + 1)

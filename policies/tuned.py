@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -26,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from attnrt.errors import PolicyError, shown
 from attnrt.policies.kinds import Kind, Place
 from attnrt.policies.measured import Machine, Point, Table
+from attnrt.policies.plain import plain_data
 
 VERSION = 1
 BYTES = 2 << 20
@@ -134,7 +136,8 @@ def parse(file: str, text: str) -> TunedFile:
     """
     if len(text.encode("utf-8", "surrogatepass")) > BYTES:
         raise PolicyError(file, None, f"is larger than the {BYTES} bytes that a tuned policy may have")
-    data = _plain(file, text)
+    # The C parser where there is one: these files are long.
+    data = plain_data(file, text, partial(_check, file), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     if not isinstance(data, dict) or "tuned" not in data:
         raise PolicyError(file, None, "is no tuned policy: the key 'tuned' is missing")
     if data["tuned"] != VERSION or isinstance(data["tuned"], bool):
@@ -154,28 +157,8 @@ def parse(file: str, text: str) -> TunedFile:
     return found
 
 
-def _plain(file: str, text: str) -> Any:
-    """Plain data: no tags that make objects, no aliases, no great depth. The C parser where there is one."""
-    loader = None
-    try:
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
-        node = loader.get_single_node()
-        if node is None:
-            raise PolicyError(file, None, "the file is empty")
-        _check(file, node)
-        return loader.construct_document(node)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, PolicyError):
-            raise
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise PolicyError(file, mark.line + 1 if mark else None, f"not YAML that we read: {problem}") from None
-    finally:
-        if loader is not None:
-            loader.dispose()
-
-
 def _check(file: str, root: yaml.Node) -> None:
+    """No aliases, no great depth, no key that is no text."""
     seen: set[int] = set()
     pending = [(root, 0)]
     while pending:

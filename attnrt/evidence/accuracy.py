@@ -18,12 +18,14 @@ from attnrt.evidence.truth import (
     SCORES,
     SHARED,
     Piece,
+    Terms,
     answers,
     cotangent_of,
     first_token,
     index_of,
     keys_of,
     pieces_of,
+    terms,
 )
 from attnrt.request import DTYPES
 
@@ -45,6 +47,10 @@ TOLERANCES = {
     "fp16": Tolerance(4e-3, 2e-3, 1e-3),
     "bf16": Tolerance(1.6e-2, 8e-3, 4e-3),
 }
+ROUNDINGS = {"fp64": (16, 2.0**-53), "fp32": (16, 2.0**-24), "fp16": (2, 2.0**-11), "bf16": (2, 2.0**-8)}
+"""How many roundings a product has that is summed up in a gradient, and what one takes at most: two to 16 bits; in 32
+and 64, where the scores are no more exact than the rest, what a score of about 8 is off by besides."""
+DEVIATIONS = 5.0
 CANCELLED = 1e-5
 """Of the largest value that could cancel: what is left after it may be rounding and nothing else."""
 
@@ -89,6 +95,8 @@ class Truth:
     plain: Mapping[str, Tensor]
     natural: Mapping[str, float] = field(default_factory=dict)
     """The size of what may cancel in each gradient."""
+    terms: Mapping[str, Terms] = field(default_factory=dict)
+    """What is summed up in those that are sums over many rows."""
 
     def check(self, given: Tensors, run: Callable[..., Any]) -> list[Difference]:
         """Run a kernel's call on the tensors and compare every result: output, LSE, gradients."""
@@ -100,8 +108,10 @@ class Truth:
             if name not in self.exact:  # the gradient of a bias too large to hold
                 continue
             want, plain = self.exact[name], self.plain[name]
-            tolerance = TOLERANCES[_coarsest(name, given)]
-            differences.append(_difference(name, got, want, plain, tolerance, self.natural.get(name, 0.0)))
+            dtype = _coarsest(name, given)
+            rounding = _rounding(self.terms.get(name), dtype, want)
+            natural = self.natural.get(name, 0.0)
+            differences.append(_difference(name, got, want, plain, TOLERANCES[dtype], natural, rounding))
         if not self.whole:
             differences += _elsewhere(given, self.pieces, found)
         return differences
@@ -116,7 +126,8 @@ def truth_of(given: Tensors, limit: int = SCORES) -> Truth:
     cotangent = cotangent_of(given, pieces, whole) if given.leaves() else None
     exact = answers(given, pieces, cotangent, torch.float64)
     plain = answers(given, pieces, cotangent, TORCH_DTYPES[given.request.dtype])
-    return Truth(pieces, whole, cotangent, exact, plain, _natural(given, cotangent))
+    summed = terms(given, pieces, cotangent) if cotangent is not None else {}
+    return Truth(pieces, whole, cotangent, exact, plain, _natural(given, cotangent), summed)
 
 
 def results(given: Tensors, run: Callable[..., Any], cotangent: Tensor | None) -> dict[str, Tensor]:
@@ -192,8 +203,39 @@ def _square(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
+class Rounding(NamedTuple):
+    """What a result may be off by, by the rounding of what is summed up in it: that does not shrink where the sum
+    nearly cancels.
+
+    With n roundings of at most u of each term t, an element is never off by more than n u sum |t|. The roundings are
+    independent, and spread evenly over [-u, u]: variance u^2 / 3. So the error of an element has a standard deviation
+    of u sqrt(n / 3 sum t^2), of which five are exceeded once in a million times; its norm over the elements and its
+    product with the truth follow from these.
+    """
+
+    largest: float
+    norm: float
+    along: float
+    """Of the product with the truth."""
+
+
+def _rounding(terms: Terms | None, dtype: str, want: Tensor) -> Rounding:
+    """Zero where that is not looked at."""
+    if terms is None or not want.numel():
+        return Rounding(0.0, 0.0, 0.0)
+    known = torch.isfinite(want)
+    want, absolute, root = (t.masked_fill(~known, 0.0) for t in (want, *terms))
+    count, unit = ROUNDINGS[dtype]
+    never, deviation = count * unit * absolute, unit * math.sqrt(count / 3) * root
+    return Rounding(
+        float(torch.minimum(never, DEVIATIONS * deviation).max()),
+        min(float(never.norm()), float(deviation.norm()) + DEVIATIONS * float(deviation.max())),
+        min(float(never @ want.abs()), DEVIATIONS * float((deviation * want).norm())),
+    )
+
+
 def _difference(
-    name: str, got: Tensor, want: Tensor, plain: Tensor, tolerance: Tolerance, natural: float
+    name: str, got: Tensor, want: Tensor, plain: Tensor, tolerance: Tolerance, natural: float, rounding: Rounding
 ) -> Difference:
     low = torch.isneginf(want)
     if not torch.equal(torch.isneginf(got), low):
@@ -209,13 +251,13 @@ def _difference(
         Difference(
             name,
             float(error.abs().max()),
-            2 * float(fault.abs().max()) + tolerance.largest * biggest + cancelled,
+            2 * float(fault.abs().max()) + tolerance.largest * biggest + cancelled + rounding.largest,
             "off by",
         ),
         Difference(
             name,
             float(error.norm()),
-            2 * float(fault.norm()) + tolerance.norm * norm + cancelled * math.sqrt(want.numel()),
+            2 * float(fault.norm()) + tolerance.norm * norm + cancelled * math.sqrt(want.numel()) + rounding.norm,
             "off in norm by",
         ),
     ]
@@ -225,7 +267,7 @@ def _difference(
             Difference(
                 name,
                 abs(float(error @ want)) / square,
-                2 * abs(float(fault @ want)) / square + tolerance.factor,
+                2 * abs(float(fault @ want)) / square + tolerance.factor + rounding.along / square,
                 "off by a factor that differs from 1 by",
             )
         )

@@ -190,13 +190,24 @@ def flops(r: AttentionRequest, direction: str = "forward") -> float:
     return forward * {"forward": 1.0, "backward": BACKWARD, "both": 1 + BACKWARD}[direction]
 
 
+def _seen(r: AttentionRequest) -> float:
+    """Of a sequence's keys, the part from the first that any query sees to the last."""
+    if not r.banded or not r.seqlen_q or not r.seqlen_kv:
+        return 1.0
+    shift = r.seqlen_kv - r.seqlen_q if r.alignment == "bottom_right" else 0
+    first = 0 if r.left is None else max(0, shift - r.left)
+    last = r.seqlen_kv - 1 if r.right is None else min(r.seqlen_kv - 1, r.seqlen_q - 1 + shift + r.right)
+    return max(0, last - first + 1) / r.seqlen_kv
+
+
 def traffic(r: AttentionRequest, direction: str = "forward") -> int:
-    """Bytes that have to be read or written at least once: q, k, v and the output; for a backward also the output's
-    gradient, and those of q, k and v."""
+    """Bytes that have to be read or written at least once: q, the output, and k and v as far as a query sees them; for
+    a backward also the output's gradient, and those of q, k and v."""
     q = r.tokens_q * r.heads_q * r.head_dim_qk
     out = r.tokens_q * r.heads_q * r.head_dim_v
-    kv = r.tokens_kv * r.heads_kv * (r.head_dim_qk + r.head_dim_v)
+    every = r.heads_kv * (r.head_dim_qk + r.head_dim_v)
+    kv, kv_grad = round(r.tokens_kv * _seen(r)) * every, r.tokens_kv * every
     extra = sum(o.elements for o in (r.bias, r.mask) if o is not None)
     forward = (q + kv + out + extra) * r.itemsize
-    backward = (2 * (q + kv + out) + extra) * r.itemsize
+    backward = (2 * (q + out) + kv + kv_grad + extra) * r.itemsize
     return {"forward": forward, "backward": backward, "both": forward + backward}[direction]

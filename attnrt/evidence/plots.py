@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from attnrt.errors import AttnrtError
 from attnrt.evidence.calls import flops, traffic
 from attnrt.evidence.results import Results, Row
 from attnrt.policies.kinds import Place, kind_of, place_of, short
-from attnrt.policies.tuned import MachineEntry
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +21,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 MARKERS = "osD^vPX*hp"
 PANELS = 3
 DPI = 150
+LEGEND = 1.75
+"""Inches for the name of a kernel below the panels."""
 HEAD = 0.72
 """Inches for the title and the machine."""
 
@@ -71,7 +72,7 @@ def throughput(results: Results, rows: list[Row], styles: dict[str, tuple[str, s
     shown = {s: members for s, members in series.items() if len({_length(r) for r in members}) > 1}
     if not shown:
         return None
-    columns = min(PANELS, len(shown))
+    columns = 2 if len(shown) == 4 else min(PANELS, len(shown))  # two by two, rather than one left over
     lines = math.ceil(len(shown) / columns)
     figure, panels = _figure(columns, lines, 4.6, 3.7)
     for axes, (one, members) in zip(panels, shown.items(), strict=False):
@@ -93,9 +94,9 @@ def throughput(results: Results, rows: list[Row], styles: dict[str, tuple[str, s
         axes.minorticks_off()
         axes.set_ylim(bottom=0)
         axes.set_xlabel("keys in the cache" if one.decode else "sequence length")
-        axes.set_ylabel("GB/s" if one.decode else "TFLOP/s" if unit == 1 else "GFLOP/s")
+        axes.set_ylabel("GB/s" if one.decode else _rate(unit))
         _titles(axes, one.title, one.subtitle)
-    _finish(figure, panels, len(shown), styles, results.machine, "Attention throughput")
+    _finish(figure, panels, len(shown), styles, results, "Attention throughput")
     return figure
 
 
@@ -112,17 +113,19 @@ def roofline(results: Results, rows: list[Row], styles: dict[str, tuple[str, str
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(low, high)
-    lowest = min(r.tflops or 1.0 for r in rows)
-    axes.set_ylim(lowest / 2, max(results.ceiling.tflops[d] for d in dtypes) * 2)
+    highest = max(results.ceiling.tflops[d] for d in dtypes)
+    unit = 1.0 if highest >= 1 else 1e3
+    axes.set_ylim(unit * min(r.tflops or 1.0 for r in rows) / 2, unit * highest * 2)
     knee = min(results.ceiling.tflops[d] for d in dtypes) * 1e3 / results.ceiling.gbs
     for dtype in dtypes:
         top, gbs = results.ceiling.tflops[dtype], results.ceiling.gbs
         ridge = top * 1e3 / gbs
-        axes.plot([low, ridge, high], [low * gbs / 1e3, top, top], color="#444444", linewidth=1.5)
+        roof = [unit * value for value in (low * gbs / 1e3, top, top)]
+        axes.plot([low, ridge, high], roof, color="#444444", linewidth=1.5)
         axes.annotate(
-            f"{dtype} matmul, {top:.3g} TFLOP/s",
-            (high, top),
-            (0, 4),
+            f"{dtype} matmul, {unit * top:.3g} {_rate(unit)}",
+            (high, unit * top),
+            (-4, 4),
             textcoords="offset points",
             ha="right",
             fontsize=9,
@@ -130,26 +133,29 @@ def roofline(results: Results, rows: list[Row], styles: dict[str, tuple[str, str
     middle = math.sqrt(low * knee)
     axes.annotate(
         f"copy, {results.ceiling.gbs:.4g} GB/s",
-        (middle, middle * results.ceiling.gbs / 1e3),
-        (9, -3),
+        (middle, unit * middle * results.ceiling.gbs / 1e3),
+        (-8, 2),  # above the roof, where no point is
         textcoords="offset points",
         fontsize=9,
-        va="top",
+        ha="right",
+        va="bottom",
     )
     for x, row in sorted(points, key=lambda point: point[1].direction):
         colour, marker = styles[row.kernel]
         filled = row.direction == "forward"
         axes.plot(
-            x, row.tflops or 0.0, marker=marker, color=colour, markersize=7, linestyle="", markeredgewidth=1.4,
+            x, unit * (row.tflops or 0.0), marker=marker, color=colour, markersize=7, linestyle="", markeredgewidth=1.4,
             markerfacecolor=colour if filled else "white", alpha=0.9,
         )  # fmt: skip
     axes.set_xlabel("arithmetic intensity (FLOP for each byte that has to move)")
-    axes.set_ylabel("TFLOP/s")
+    axes.set_ylabel(_rate(unit))
     said = ["filled: forward; hollow: backward"] if any(r.direction == "backward" for r in rows) else []
     if any((r.share or 0) > 1 for r in rows):
         said.append("above the roof: from a cache, not from memory")
     _titles(axes, "", "; ".join(said))
-    _finish(figure, panels, 1, styles, results.machine, "Roofline")
+    for axis in (axes.xaxis, axes.yaxis):  # 0.1, 1, 10 and not powers of ten
+        axis.set_major_formatter(lambda value, at: f"{value:g}")
+    _finish(figure, panels, 1, styles, results, "Roofline", keys="points")
     return figure
 
 
@@ -192,7 +198,7 @@ def winners(results: Results, rows: list[Row], styles: dict[str, tuple[str, str]
     for spine in axes.spines.values():
         spine.set_visible(False)
     kept = {name: style for name, style in styles.items() if name in won}
-    _finish(figure, panels, 1, kept, results.machine, "Fastest kernel, and its lead over the next", patches=True)
+    _finish(figure, panels, 1, kept, results, "Fastest kernel, and its lead over the next", keys="patches")
     return figure
 
 
@@ -264,7 +270,12 @@ def _ceiling_line(axes: Axes, results: Results, one: Series, members: list[Row],
         textcoords="offset points",
         fontsize=8,
         color="#444444",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # over the lines of the grid
     )
+
+
+def _rate(unit: float) -> str:
+    return "TFLOP/s" if unit == 1 else "GFLOP/s"
 
 
 def _figure(columns: int, lines: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
@@ -294,27 +305,29 @@ def _finish(
     panels: list[Axes],
     used: int,
     styles: dict[str, tuple[str, str]],
-    machine: MachineEntry,
+    results: Results,
     title: str,
-    patches: bool = False,
+    keys: Literal["lines", "points", "patches"] = "lines",
 ) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     for axes in panels[used:]:
         axes.set_visible(False)
-    keys = [
+    machine, width = results.machine, 1.8 if keys == "lines" else 0.0
+    handles = [
         Patch(color=colour, label=name)
-        if patches
-        else Line2D([], [], color=colour, marker=marker, linewidth=1.8, label=name)
+        if keys == "patches"
+        else Line2D([], [], color=colour, marker=marker, linewidth=width, label=name)
         for name, (colour, marker) in styles.items()
     ]
-    figure.legend(handles=keys, loc="outside lower center", ncols=min(5, len(keys)), frameon=False, fontsize=9)
+    columns = max(1, min(len(handles), int(figure.get_size_inches()[0] / LEGEND)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     versions = [f"torch {machine.packages.get('torch')}"]
     versions += [f"{n} {v}" for n in ("cudnn", "triton") if (v := machine.packages.get(n))]
     threads = [f"{machine.threads} thread{'s' if machine.threads != 1 else ''}"] if machine.threads else []
-    where = ", ".join([machine.device, *threads, *versions])
+    where = ", ".join([machine.device, *threads, *versions, results.date[:10]])
     height = figure.get_size_inches()[1]
-    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - HEAD / height))  # type: ignore[union-attr, call-arg]
+    figure.get_layout_engine().set(rect=(0, 0, 0.99, 1 - HEAD / height))  # type: ignore[union-attr, call-arg]
     figure.text(0.012, 1 - 0.12 / height, title, fontsize=14, fontweight="bold", va="top")
     figure.text(0.012, 1 - 0.42 / height, where, fontsize=9, color="#444444", va="top")

@@ -35,8 +35,8 @@ WORTH_SECONDS = 15.0
 """In less time the processes would hardly have started: nothing is tried."""
 START_SECONDS = 90.0
 """What a process may take until it is ready: it imports torch, and other processes start beside it."""
-CALL_SECONDS = 60.0
-"""What one first call may take: a dozen kernels at worst."""
+CALL_SECONDS = 120.0
+"""What one first call may take: a dozen kernels at worst, compiled beside others."""
 ROOM = 0.7
 """Of the free memory, what all processes together may take."""
 CONTEXT = 1 << 30
@@ -194,6 +194,7 @@ class _Job:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
+            bufsize=0,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))},
         )
 

@@ -194,8 +194,76 @@ def keys_of(given: Tensors, piece: Piece, name: str, source: Tensor | None = Non
     return found if r.layout == "bhsd" else found.transpose(0, 1)
 
 
+class Terms(NamedTuple):
+    """What is summed up in each element of a gradient, flat and in float64: the sum of the absolute values and the root
+    of the sum of the squares. Rounding errors are a part of these, however little is left of the sum itself."""
+
+    absolute: Tensor
+    root: Tensor
+
+
+def terms(given: Tensors, pieces: Sequence[Piece], cotangent: Tensor) -> dict[str, Terms]:
+    """Those of the gradients of q, k, bias and sinks, which are sums of differences.
+
+    With the weights P of the keys and p of the sink, O = P V and G = dO V', they are (FlashAttention-2, algorithm 2,
+    with the sink as one more key whose value is 0)
+
+        dS = P (G - D),  d sink = -sum of p D,  D = rowsum(dO O) = rowsum(P G),
+
+    dS summed over rows for a bias, dS K scale for q and dS' Q scale for k. A kernel rounds P where it goes into a
+    product with V, O where it is stored and read again for D, and dS; sums are in float32. So the products that carry a
+    rounding error each are P G and dO O of every row, times what they are multiplied with.
+    """
+    r, wanted = given.request, given.leaves()
+    shared = [n for n, t in wanted.items() if n in SHARED and t.numel() <= BIAS]
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {n: [] for n in ("q", "k") if n in wanted}
+    whole = {n: torch.zeros((2, *wanted[n].shape), dtype=torch.float64, device=given.q.device) for n in shared}
+    for piece in pieces:
+        leaves = _leaves(given, piece, torch.float64, "bias" in shared)
+        weights, v, sink, _ = _weights(given, piece, {n: t.detach() for n, t in leaves.items()})
+        grad = cotangent[index_of(r.layout, piece, first_token(given, piece.sequence, "q"))].double()
+        grad = grad if r.layout == "bhsd" else grad.transpose(0, 1)
+        within = (weights * (grad @ v.mT)).nan_to_num_(0.0, 0.0, 0.0)  # P G
+        stored = (grad * (weights @ v)).nan_to_num_(0.0, 0.0, 0.0)  # dO O
+        total = within.sum(-1, keepdim=True)
+        heads = _kv_heads(given, piece)
+        which = torch.searchsorted(heads, piece.heads // r.group)
+        q, k = ((leaves[n].detach() * r.scale).nan_to_num_(0.0, 0.0, 0.0).abs() for n in ("q", "k"))
+        pairs: dict[str, list[Tensor]] = {n: [] for n in found}
+        for at in range(2):  # the values, then their squares
+            if not at:
+                within, stored, total = within.abs(), stored.abs(), total.abs()
+            else:
+                within, stored, total, weights, q, k = (t.square() for t in (within, stored, total, weights, q, k))
+                sink = None if sink is None else sink.square()
+            row = within.sum(-1, keepdim=True) + stored.sum(-1, keepdim=True)
+            scores = torch.addcmul(within, weights.nan_to_num(0.0), total + row)  # |P G| + P (|D| + row)
+            if sink is not None and "sinks" in whole:
+                whole["sinks"][at].index_add_(0, piece.heads, (sink * row[..., 0]).sum(-1))
+            if "bias" in whole:  # summed over what it is broadcast along, as its gradient is
+                plane = leaves["plane"].expand(weights.shape)
+                whole["bias"][at] += torch.autograd.grad(plane, leaves["bias"], scores, retain_graph=True)[0]
+            if "q" in found:
+                pairs["q"].append((scores @ k[which]).flatten())
+            if "k" in found:
+                pairs["k"].append(torch.zeros_like(k).index_add_(0, which, scores.mT @ q).flatten())
+        for name, (absolute, squares) in pairs.items():
+            found[name].append((absolute, squares))
+    sums = {n: (torch.cat([a for a, _ in ts]), torch.cat([b for _, b in ts])) for n, ts in found.items() if ts}
+    sums |= {n: (t[0].flatten(), t[1].flatten()) for n, t in whole.items()}
+    return {f"the gradient of {n}": Terms(absolute, squares.sqrt()) for n, (absolute, squares) in sums.items()}
+
+
 def _attend(given: Tensors, piece: Piece, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Output (heads, rows, Dv) and LSE (heads, rows) of a piece, step by step, in the dtype of its tensors."""
+    weights, v, _, lse = _weights(given, piece, leaves)
+    return weights @ v, lse
+
+
+def _weights(
+    given: Tensors, piece: Piece, leaves: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """(weights of the keys (heads, rows, keys), v of each head, weight of the sink (heads, rows), LSE) of a piece."""
     r, o, b = given.request, given.operands, piece.sequence
     heads, real_q = piece.heads, real_queries(given, b)
     q = torch.where((piece.rows < real_q)[:, None], leaves["q"], 0.0)  # whatever the padding holds
@@ -224,8 +292,8 @@ def _attend(given: Tensors, piece: Piece, leaves: Mapping[str, Tensor]) -> tuple
     lse = torch.logsumexp(live, -1).masked_fill(dead[..., 0], -math.inf)
     if o.sinks is not None:
         live = torch.cat([live, leaves["sinks"][heads][:, None, None].expand(*live.shape[:2], 1)], -1)
-    weights = torch.softmax(live, -1)[..., :count].masked_fill(dead, 0.0)
-    return weights @ v, lse
+    every = torch.softmax(live, -1).masked_fill(dead, 0.0)
+    return every[..., :count], v, every[..., count] if o.sinks is not None else None, lse
 
 
 def _plane(x: Tensor, piece: Piece, count: int) -> Tensor:

@@ -94,7 +94,7 @@ def tune(
     try:
         if trials is None:
             trials = try_calls(
-                [call for call in waiting if not _known(call, known)],
+                [call for call in waiting if not _known(call, known)][: int(budget)],  # a second each, at least
                 environment,
                 settings,
                 seconds=COMPILING * budget,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -78,6 +80,23 @@ def test_flops_and_traffic() -> None:
     assert flops(full, "both") == 3.5 * flops(full)
     assert traffic(full) == 2 * 1024 * 64 * (8 + 2 + 2 + 8)
     assert traffic(full, "both") == traffic(full) + traffic(full, "backward")
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({"window": (255, 0), "alignment": "bottom_right"}, 256),
+        ({"window": (255, None), "alignment": "bottom_right"}, 256),
+        ({"causal": True, "alignment": "top_left"}, 1),
+        ({"causal": True, "alignment": "bottom_right"}, 4096),
+        ({"seqlen_q": 16, "window": (255, 0), "alignment": "bottom_right"}, 271),
+    ],
+)
+def test_keys_that_no_query_sees_need_not_move(changes: dict[str, Any], keys: int) -> None:
+    """A window of a decode step would otherwise seem to read faster than memory can."""
+    sizes = {"heads_q": 8, "heads_kv": 2, "head_dim": 64, "seqlen_q": 1, "seqlen_kv": 4096, "dtype": "bf16"}
+    call = Call(**{**sizes, **changes})
+    assert traffic(call.request()) == 2 * 64 * (2 * 8 * call.seqlen_q + 2 * 2 * keys)
 
 
 @pytest.mark.parametrize("name", PRESETS)
