@@ -15,11 +15,20 @@ from attnrt.errors import ArgumentTypeError
 from attnrt.execution import device_facts
 from attnrt.operands import NO_OPERANDS, Operands, signature
 from attnrt.request import AttentionRequest
-from attnrt.settings import ENCODED, PolicySpec, current_context, environ_keys, environ_values
+from attnrt.settings import (
+    ENCODED,
+    NO_CONTEXT,
+    PolicySpec,
+    environ_keys,
+    environ_values,
+    inherited_context,
+    own_context,
+)
 from attnrt.sharded import CONTEXT_PARALLEL, sharded
 
 _set_last = execution.last.set
-_context = current_context
+_context = own_context
+_graph_task = torch._C._current_graph_task_id
 _plans = runtime.plans
 _seen = runtime.seen
 _isdisjoint = environ_keys.isdisjoint
@@ -137,6 +146,10 @@ def attention(  # type: ignore[misc]
             parts = signature(operands, layout, q, k, (max_seqlen_q, max_seqlen_kv))
         if window is not None and type(window) is not tuple:
             window = tuple(window)  # type: ignore[assignment]  # a list cannot be a key
+        # As settings.current_context, which would be one more call.
+        context = _context()
+        if context is NO_CONTEXT and _graph_task() != -1:
+            context = inherited_context()
         key = (
             q.shape,
             k.shape,
@@ -163,7 +176,7 @@ def attention(  # type: ignore[misc]
             parts,
             backend,
             policy,
-            _context(),
+            context,
         )
         # 1 equals True as a key, but is not a flag: only the right types may find what was remembered.
         flags = (causal is False or causal is True) and (return_lse is False or return_lse is True)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -65,10 +66,47 @@ def _context_of(
 _by_words: dict[str, Context] = {}
 NO_CONTEXT = _context_of(None, False, None, (), None)
 _context: ContextVar[Context] = ContextVar("attnrt_context", default=NO_CONTEXT)
-current_context = _context.get
+own_context = _context.get
+_TLS = "attnrt_context"
+"""Where PyTorch's own thread-local state has it too: autograd's engine hands that to its threads, but no ContextVar."""
+_graph_task = torch._C._current_graph_task_id
 _dynamo = torch.compiler.is_dynamo_compiling
 traced_blocks: list[str] = []
 """The words of the blocks open in the code that dynamo is tracing, which cannot set a ContextVar. Empty otherwise."""
+
+
+def current_context() -> Context:
+    """The overrides in force here. In a backward pass, which on a GPU runs in a thread of autograd's own, those of the
+    thread that asked for it: a checkpoint calls `attention` again there."""
+    context = own_context()
+    return inherited_context() if context is NO_CONTEXT and _graph_task() != -1 else context
+
+
+def inherited_context() -> Context:
+    """In a backward pass without overrides of its own."""
+    found = _of_caller()
+    return NO_CONTEXT if found is None else found[1]
+
+
+def _of_caller() -> tuple[int, Context] | None:
+    """In a thread of autograd's: which thread asked for the backward pass, and its overrides."""
+    if not torch._C._is_key_in_tls(_TLS):
+        return None
+    found: tuple[int, Context] = torch._C._get_obj_in_tls(_TLS)
+    return None if found[0] == get_ident() else found
+
+
+def _open(context: Context) -> Token[Context]:
+    token = _context.set(context)
+    if _of_caller() is None:
+        torch._C._stash_obj_in_tls(_TLS, (get_ident(), context))
+    return token
+
+
+def _close(token: Token[Context]) -> None:
+    _context.reset(token)
+    if _of_caller() is None:
+        torch._C._stash_obj_in_tls(_TLS, (get_ident(), own_context()))
 
 
 def _words_of(backend: str | None, prefer: Any, disable: Any, policy: PolicySpec, lifted: bool) -> str:
@@ -87,16 +125,16 @@ def reentered(blocks: str) -> Iterator[None]:
     Raises:
         UnknownNameError: a graph from another process has blocks that this one does not know.
     """
-    context = _context.get()
+    context = current_context()
     for words in blocks.split(BETWEEN) if blocks else ():
         if words not in _by_words:
             raise UnknownNameError("overrides", words, _by_words)
         context = _inner(context, _by_words[words])
-    token = _context.set(context)
+    token = _open(context)
     try:
         yield
     finally:
-        _context.reset(token)
+        _close(token)
 
 
 BETWEEN = " > "
@@ -140,13 +178,13 @@ class override:
         if _dynamo():
             traced_blocks.append(self._words)
             return
-        self._tokens.append(_context.set(_inner(_context.get(), self._changes)))
+        self._tokens.append(_open(_inner(current_context(), self._changes)))
 
     def __exit__(self, *exc: object) -> None:
         if _dynamo():
             traced_blocks.pop()
             return
-        _context.reset(self._tokens.pop())
+        _close(self._tokens.pop())
 
     def __call__(self, function: Any) -> Any:
         from functools import wraps
@@ -160,11 +198,11 @@ class override:
                 result = function(*args, **kwargs)
                 traced_blocks.pop()
                 return result
-            token = _context.set(_inner(_context.get(), changes))
+            token = _open(_inner(current_context(), changes))
             try:
                 return function(*args, **kwargs)
             finally:
-                _context.reset(token)
+                _close(token)
 
         return wrapped
 

@@ -30,7 +30,7 @@ BASE = Call(batch=2, heads_q=8, heads_kv=2, head_dim=64, seqlen_q=256, causal=Tr
 def test_the_clock() -> None:
     a = torch.randn(1024, 1024, device="cuda", dtype=torch.bfloat16)
     failed: dict[str, str] = {}
-    calls = {"product": lambda: a @ a, "wrong": lambda: a @ a[:, :3]}
+    calls = {"product": lambda: a @ a, "wrong": lambda: a @ a[:3]}
     found = interleaved(calls, clock_for("cuda"), 0.05, failed)
     assert found.keys() == {"product"} and "RuntimeError" in failed["wrong"]
     assert found["product"].low > 0 and (found["product"].host or 0) > 0 and found["product"].samples >= 3
@@ -59,11 +59,12 @@ def test_tune_and_what_it_refuses(cache: Path) -> None:
     environment = Environment.detect("cuda")
     attnrt.register_backend(SlightlyWrong())
     file = store.file_for(cache, environment)
-    done = tune([BASE, BASE.changed(seqlen_q=512)], file, environment, runtime.settings(None, "default"), budget=120)
+    exact = BASE.changed(dtype="fp32")  # the planted 0.1 % is less than bf16 rounds by
+    done = tune([exact, exact.changed(seqlen_q=512)], file, environment, runtime.settings(None, "default"), budget=120)
     assert len(done.measured) == 2 and done.lost is None
     assert all("planted" in found.wrong for _, found in done.measured)
     attnrt.refresh()
-    q, k, v = (torch.randn(2, h, 384, 64, device="cuda", dtype=torch.bfloat16) for h in (8, 2, 2))
+    q, k, v = (torch.randn(2, h, 384, 64, device="cuda") for h in (8, 2, 2))
     attnrt.attention(q, k, v, causal=True)
     decision = attnrt.last_decision()
     assert decision is not None and decision.policy == "tuned" and "measured at" in decision.evidence

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pytest
 import torch
+from packaging.specifiers import SpecifierSet
 from torch import Tensor
 
 import attnrt
+from attnrt.integrations.transformers import SUPPORTED
 from attnrt.nn import AttentionConfig, KVCache, PagedKVCache, SelfAttention
 
 pytestmark = [
@@ -18,6 +20,13 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 HIDDEN, HEADS, GROUPS, DIM, LAYERS, LENGTH = 256, 8, 2, 64, 2, 96
+
+
+def has_transformers() -> bool:
+    try:
+        return version("transformers") in SpecifierSet(SUPPORTED)
+    except PackageNotFoundError:
+        return False
 
 
 def stack(dtype: torch.dtype, **fields: Any) -> list[SelfAttention]:
@@ -109,7 +118,7 @@ def test_a_captured_decode_step() -> None:
     assert captured.lengths.tolist() == [40, 40]
 
 
-@pytest.mark.skipif(not find_spec("transformers"), reason="transformers is not installed")
+@pytest.mark.skipif(not has_transformers(), reason=f"transformers {SUPPORTED} is not installed")
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_generation_with_transformers(cache: str | None) -> None:
     import transformers
