@@ -87,12 +87,12 @@ class FlashAttention2(FlashAttention):
     generation = 2
     package = fa2_rules.PACKAGE
     # What is refused with a remedy has a rule of its own.
-    supports = (FEATURE_NAMES | {"paged"}) - _NEVER - {"sinks"}
+    supports = (FEATURE_NAMES | {"paged"}) - _NEVER
     rules = fa2_rules.RULES
 
     def bytes(self, request: AttentionRequest, environment: Environment) -> int:
         r = request
-        total = _linear(r)
+        total = _linear(r) + _sunk_bytes(r)
         if not r.needs_grad:
             return total
         if r.heads_q != r.heads_kv:  # dk and dv of every query head, summed afterwards
@@ -100,11 +100,16 @@ class FlashAttention2(FlashAttention):
         return total + (_dq_copies(r, environment) - 1) * r.tokens_q * r.heads_q * _rounded(r.head_dim) * 4
 
     def notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
+        said = []
         if request.padded_kv:
-            return ("padded keys run by flash_attn_with_kvcache",)
-        said = (_CUT,) if cut(request) else ()
-        copies = _dq_copies(request, environment)
-        return (*said, f"a deterministic backward keeps {copies} float32 copies of dq") if copies > 1 else said
+            said.append("padded keys run by flash_attn_with_kvcache")
+        if cut(request):
+            said.append(_CUT)
+        if request.sinks:
+            said.append(_sunk(request))
+        if (copies := _dq_copies(request, environment)) > 1:
+            said.append(f"a deterministic backward keeps {copies} float32 copies of dq")
+        return tuple(said)
 
     def left_out(self, request: AttentionRequest, library: Library) -> tuple[Reason, ...]:
         from attnrt.backends.flash_attn import fa2_build
@@ -129,18 +134,23 @@ class FlashAttention3(FlashAttention):
     generation = 3
     package = fa3_rules.PACKAGE
     dispensable = frozenset({"return_attn_probs"})
-    supports = (FEATURE_NAMES | {"paged"}) - _NEVER - {"alibi", "sinks", "dropout"}
+    supports = (FEATURE_NAMES | {"paged"}) - _NEVER - {"alibi", "dropout"}
     rules = fa3_rules.RULES
 
     def bytes(self, request: AttentionRequest, environment: Environment) -> int:
-        return _linear(request) + _grouped_accumulators(request)
+        return _linear(request) + _grouped_accumulators(request) + _sunk_bytes(request)
 
     def notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
+        said = []
         if request.packed:
-            return (_STRAY,)
+            said.append(_STRAY)
         if cut(request):
-            return (_CUT,)
-        return (_ONE_PAGE_EACH,) if request.padded_kv and not request.paged else ()
+            said.append(_CUT)
+        if request.padded_kv and not request.paged:
+            said.append(_ONE_PAGE_EACH)
+        if request.sinks:
+            said.append(_sunk(request))
+        return tuple(said)
 
     def left_out(self, request: AttentionRequest, library: Library) -> tuple[Reason, ...]:
         from attnrt.backends.flash_attn import fa3
@@ -173,7 +183,7 @@ class FlashAttention4(FlashAttention):
         if fa4.by_rows(request, environment):
             said.append(_ONE_PAGE_EACH)
         if fa4.sinks_by_lse(request):
-            said.append("applies the sinks to its output by the log-sum-exp")
+            said.append(_SUNK)
         if request.packed:
             said.append(_STRAY)
         if cut(request):
@@ -197,6 +207,7 @@ class FlashAttention4(FlashAttention):
 _CUT = "reads the first Sq keys, all that a top-left causal mask shows to any query"
 _ONE_PAGE_EACH = "the cache is read as one page a sequence, so that no key past its end is read"
 _STRAY = "tokens after the last sequence must be finite numbers: its last tile weighs them with 0"
+_SUNK = "applies the sinks to its output by the log-sum-exp"
 _COMPILES = "compiles once for each kind of call, in 2 to 4 s for each of forward and backward, and keeps it on disk"
 
 
@@ -204,6 +215,19 @@ def _linear(r: AttentionRequest) -> int:
     """As `linear_bytes`, with the gradients of the first Sq keys apart from those of all, where only these are read."""
     twice = r.batch * r.seqlen_q * r.heads_kv * (r.head_dim_qk + r.head_dim_v) * r.itemsize
     return linear_bytes(r) + (twice if r.needs_grad and cut(r) else 0)
+
+
+def _sunk(r: AttentionRequest) -> str:
+    return _SUNK + (", and runs its forward again in the backward" if r.needs_grad else "")
+
+
+def _sunk_bytes(r: AttentionRequest) -> int:
+    """What sinks by the log-sum-exp take: that and a factor for each row, and in the backward the output once more, and
+    once more times its gradient."""
+    if not r.sinks:
+        return 0
+    rows = r.tokens_q * r.heads_q
+    return rows * 8 + (rows * (2 * r.head_dim_v * r.itemsize + 8) if r.needs_grad else 0)
 
 
 def _rounded(head_dim: int) -> int:

@@ -108,6 +108,13 @@ NAMED: dict[str, Case] = {
     "sinks and LSE": case(9, 4, causal=True, operands={"sinks": torch.randn(4, requires_grad=True)}),
     "sinks, packed": case(5, 3, layout="thd", operands={"sinks": torch.randn(4, requires_grad=True)}),
     "sinks of float64": case(5, 5, return_lse=False, operands={"sinks": torch.randn(4).double()}),
+    "sinks, softcap, window": case(
+        7, 9, window=(3, 0), softcap=2.0, operands={"sinks": torch.randn(4, requires_grad=True)}
+    ),
+    "sinks without a gradient": case(7, 9, causal=True, operands={"sinks": torch.randn(4)}),
+    "sinks, ALiBi": case(
+        9, 4, causal=True, operands={"alibi_slopes": torch.rand(2, 4), "sinks": torch.randn(4, requires_grad=True)}
+    ),
     "ALiBi": case(7, 9, operands={"alibi_slopes": torch.rand(4)}),
     "ALiBi, causal": case(7, 9, causal=True, operands={"alibi_slopes": torch.rand(2, 4)}),
     "ALiBi, top left": case(4, 9, causal=True, alignment="top_left", operands={"alibi_slopes": torch.rand(4)}),
@@ -117,10 +124,10 @@ NAMED: dict[str, Case] = {
     "deterministic": case(7, 7, deterministic=True),
 }
 TAKES = {
-    2: set(NAMED) - {n for n in NAMED if "sink" in n},
-    3: {n for n in NAMED if "sink" not in n and "ALiBi" not in n},
+    2: set(NAMED),
+    3: {n for n in NAMED if "ALiBi" not in n},
+    4: {n for n in NAMED if "ALiBi" not in n},
 }
-TAKES[4] = {n for n in NAMED if "ALiBi" not in n}
 
 
 @pytest.mark.parametrize(("number", "name"), [(n, name) for n, names in TAKES.items() for name in sorted(names)])
