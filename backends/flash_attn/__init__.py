@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from functools import cached_property
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from attnrt.backends.base import FEATURE_NAMES, Backend, Reason, linear_bytes
-from attnrt.backends.flash_attn import fa2_rules, fa3_rules, fa4_rules
+from attnrt.backends.base import FEATURE_NAMES, Backend, Reason, Rule, linear_bytes
+from attnrt.backends.flash_attn import fa2_rules, fa3_rules, fa4_rules, padding
 from attnrt.backends.flash_attn.common import cut
 from attnrt.environment import Environment
 from attnrt.request import AttentionRequest
@@ -29,6 +31,42 @@ class FlashAttention(Backend):
     dispensable: ClassVar[frozenset[str]] = frozenset()
     """Arguments without which an older build does what they ask for."""
 
+    @cached_property
+    def all_rules(self) -> tuple[Rule, ...]:
+        return tuple(map(self._as_run_rule, super().all_rules))
+
+    def _as_run_rule(self, rule: Rule) -> Rule:
+        """The rule for the request as it would run."""
+        remedy = rule.remedy
+        if remedy is not None and remedy.startswith("pad "):
+            remedy += "; for all but KV caches a policy with allow_padding: true does that"
+        return replace(rule, remedy=remedy, fails=lambda r, e: rule.fails(self.as_run(r, e), e))
+
+    def as_run(self, request: AttentionRequest, environment: Environment) -> AttentionRequest:
+        """The request with the head dims that its kernel sees: larger ones, where the policy allows to pad."""
+        return padding.widened(request, environment, self._of_head_dims) if request.may_pad else request
+
+    @cached_property
+    def _of_head_dims(self) -> tuple[Rule, ...]:
+        return tuple(rule for rule in self.rules if "HEAD_DIM" in rule.id)
+
+    def bytes(self, request: AttentionRequest, environment: Environment) -> int:
+        wide = self.as_run(request, environment)
+        return self.own_bytes(wide, environment) + padding.copied_bytes(request, wide)
+
+    def own_bytes(self, request: AttentionRequest, environment: Environment) -> int:
+        """`bytes` for head dims that it has kernels for."""
+        raise NotImplementedError
+
+    def notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
+        wide = self.as_run(request, environment)
+        said = () if wide is request else (padding.note(request, wide),)
+        return (*said, *self.own_notes(wide, environment))
+
+    def own_notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
+        """`notes` for head dims that it has kernels for."""
+        raise NotImplementedError
+
     def answer(self, request: AttentionRequest, environment: Environment) -> tuple[Reason, ...]:
         """What the package here says for itself: that it does not load, was built for other GPUs, or has other
         functions than the adapter calls."""
@@ -39,6 +77,7 @@ class FlashAttention(Backend):
             return (found,)
         if (elsewhere := built_elsewhere(GENERATIONS[self.generation], environment)) is not None:
             return (elsewhere,)
+        request = self.as_run(request, environment)
         how = self.adapter().call(request, environment)
         if missing := [n for n in found.lacks(how.function, how.arguments) if n not in self.dispensable]:
             return (self._unknown_arguments(found, how.function, missing),)
@@ -52,8 +91,9 @@ class FlashAttention(Backend):
         found = self._load(environment)
         if isinstance(found, Reason):
             raise RuntimeError(f"{found.message}; {found.remedy}")
-        run: Run = self.adapter().prepare(request, environment, found)
-        return run
+        wide = self.as_run(request, environment)
+        run: Run = self.adapter().prepare(wide, environment, found)
+        return run if wide is request else padding.unpadded(run, request, wide)
 
     def adapter(self) -> Any:
         """The module with `call` and `prepare` for this generation."""
@@ -90,7 +130,7 @@ class FlashAttention2(FlashAttention):
     supports = (FEATURE_NAMES | {"paged"}) - _NEVER
     rules = fa2_rules.RULES
 
-    def bytes(self, request: AttentionRequest, environment: Environment) -> int:
+    def own_bytes(self, request: AttentionRequest, environment: Environment) -> int:
         r = request
         total = _linear(r) + _sunk_bytes(r)
         if not r.needs_grad:
@@ -99,7 +139,7 @@ class FlashAttention2(FlashAttention):
             total += r.tokens_kv * r.heads_q * 2 * r.head_dim * r.itemsize
         return total + (_dq_copies(r, environment) - 1) * r.tokens_q * r.heads_q * _rounded(r.head_dim) * 4
 
-    def notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
+    def own_notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
         said = []
         if request.padded_kv:
             said.append("padded keys run by flash_attn_with_kvcache")
@@ -137,10 +177,10 @@ class FlashAttention3(FlashAttention):
     supports = (FEATURE_NAMES | {"paged"}) - _NEVER - {"alibi", "dropout"}
     rules = fa3_rules.RULES
 
-    def bytes(self, request: AttentionRequest, environment: Environment) -> int:
+    def own_bytes(self, request: AttentionRequest, environment: Environment) -> int:
         return _linear(request) + _grouped_accumulators(request) + _sunk_bytes(request)
 
-    def notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
+    def own_notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
         said = []
         if request.packed:
             said.append(_STRAY)
@@ -170,10 +210,10 @@ class FlashAttention4(FlashAttention):
     supports = (FEATURE_NAMES | {"paged"}) - _NEVER - {"alibi", "dropout"}
     rules = fa4_rules.RULES
 
-    def bytes(self, request: AttentionRequest, environment: Environment) -> int:
+    def own_bytes(self, request: AttentionRequest, environment: Environment) -> int:
         return _linear(request) + _grouped_accumulators(request)
 
-    def notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
+    def own_notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
         from attnrt.backends.flash_attn import fa4
 
         said = [_COMPILES]

@@ -216,6 +216,16 @@ def test_extends_inherits_what_is_left_out(tmp_path: Path) -> None:
     assert own.rank(request(), Environment.named("h200")).order == ("torch",)
 
 
+def test_padding_is_allowed_by_those_that_say_so(tmp_path: Path) -> None:
+    assert not any(load_policy(name, KNOWN).allow_padding for name in builtin_policies())
+    file = tmp_path / "pads.yaml"
+    file.write_text("name: mine\ndescription: A test.\nextends: default\nallow_padding: true\n")
+    assert load_policy(file, KNOWN).allow_padding
+    file.write_text("name: mine\ndescription: A test.\nextends: default\nallow_padding: 1\n")
+    with pytest.raises(PolicyError, match="allow_padding: true or false is needed, not 1"):
+        load_policy(file, KNOWN)
+
+
 def test_a_policy_object_needs_neither_yaml_nor_pydantic() -> None:
     code = (
         "import sys, attnrt.advisories; from attnrt.policies.preference import Line, PreferencePolicy, load_policy;"
