@@ -16,6 +16,8 @@ from attnrt.environment import Environment
 from attnrt.request import AttentionRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from attnrt.backends.base import Run
     from attnrt.backends.flash_attn.discovery import Library
 
@@ -66,6 +68,18 @@ class FlashAttention(Backend):
     def own_notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
         """`notes` for head dims that it has kernels for."""
         raise NotImplementedError
+
+    def answers(self) -> Mapping[str, str]:
+        found = {
+            "BROKEN": "The package is installed and does not load; the loader's own words follow.",
+            "BUILT_FOR": "Its compiled part has no code that runs on this GPU.",
+            "SIGNATURE": "Its function has no argument that this call needs.",
+            "LEFT_OUT": "It was built without something that this call needs.",
+            "SHADOWED": "Another package has overwritten its files.",
+        }
+        # flash-attn 4 has no compiled part, and lies in a folder of flash-attn 2's.
+        unsaid = {"BUILT_FOR", "LEFT_OUT"} if self.generation == 4 else {"SHADOWED"}
+        return {f"{self.prefix}_{id}": sentence for id, sentence in found.items() if id not in unsaid}
 
     def answer(self, request: AttentionRequest, environment: Environment) -> tuple[Reason, ...]:
         """What the package here says for itself: that it does not load, was built for other GPUs, or has other

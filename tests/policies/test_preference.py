@@ -76,7 +76,8 @@ def test_every_line_of_the_default_policy_decides_somewhere() -> None:
         Environment(name="a ROCm GPU", device_type="cuda"),
     ]
     sinks = [{"sinks": True, "seqlen_q": n, "seqlen_kv": 4096, "training": n > 1} for n in (1, 512, 4096)]
-    shapes = [*SHAPES.values(), {"dropout_p": 0.125}, *sinks]
+    narrow = {"head_dim": 64, "seqlen_q": 8192}
+    shapes = [*SHAPES.values(), {"dropout_p": 0.125}, narrow, *sinks]
     reached = {policy.rank(request(**shape), e).line for e in environments for shape in shapes}
     assert reached == {f"default: {line.name}" for line in policy.lines}
 
