@@ -40,7 +40,7 @@ class FlashAttention(Backend):
     def _as_run_rule(self, rule: Rule) -> Rule:
         """The rule for the request as it would run."""
         remedy = rule.remedy
-        if remedy is not None and remedy.startswith("pad "):
+        if remedy is not None and remedy.startswith("pad ") and "PAGED" not in rule.id:
             remedy += "; for all but KV caches a policy with allow_padding: true does that"
         return replace(rule, remedy=remedy, fails=lambda r, e: rule.fails(self.as_run(r, e), e))
 
