@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from functools import cached_property
-from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from attnrt.backends.base import FEATURE_NAMES, Backend, Reason, Rule, linear_bytes
-from attnrt.backends.flash_attn import fa2_rules, fa3_rules, fa4_rules, padding
+from attnrt.backends.base import FEATURE_NAMES, Backend, Reason, Rule
+from attnrt.backends.flash_attn import fa2_rules, fa3_rules, fa4_rules, memory, padding
 from attnrt.backends.flash_attn.common import cut
 from attnrt.environment import Environment
 from attnrt.request import AttentionRequest
@@ -146,12 +145,12 @@ class FlashAttention2(FlashAttention):
 
     def own_bytes(self, request: AttentionRequest, environment: Environment) -> int:
         r = request
-        total = _linear(r) + _sunk_bytes(r)
+        total = memory.linear(r) + memory.sinks(r)
         if not r.needs_grad:
             return total
         if r.heads_q != r.heads_kv:  # dk and dv of every query head, summed afterwards
             total += r.tokens_kv * r.heads_q * 2 * r.head_dim * r.itemsize
-        return total + (_dq_copies(r, environment) - 1) * r.tokens_q * r.heads_q * _rounded(r.head_dim) * 4
+        return total + (memory.dq_copies(r, environment) - 1) * r.tokens_q * r.heads_q * memory.rounded(r.head_dim) * 4
 
     def own_notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
         said = []
@@ -161,7 +160,7 @@ class FlashAttention2(FlashAttention):
             said.append(_CUT)
         if request.sinks:
             said.append(_sunk(request))
-        if (copies := _dq_copies(request, environment)) > 1:
+        if (copies := memory.dq_copies(request, environment)) > 1:
             said.append(f"a deterministic backward keeps {copies} float32 copies of dq")
         return tuple(said)
 
@@ -192,7 +191,7 @@ class FlashAttention3(FlashAttention):
     rules = fa3_rules.RULES
 
     def own_bytes(self, request: AttentionRequest, environment: Environment) -> int:
-        return _linear(request) + _grouped_accumulators(request) + _sunk_bytes(request)
+        return memory.linear(request) + memory.grouped_accumulators(request) + memory.sinks(request)
 
     def own_notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
         said = []
@@ -225,7 +224,10 @@ class FlashAttention4(FlashAttention):
     rules = fa4_rules.RULES
 
     def own_bytes(self, request: AttentionRequest, environment: Environment) -> int:
-        return _linear(request) + _grouped_accumulators(request)
+        r = request
+        # Sinks by the log-sum-exp: the output in float32, and once more as it is.
+        sunk = r.tokens_q * r.heads_q * r.head_dim_v * (4 + r.itemsize) if r.sinks and r.needs_lse else 0
+        return memory.linear(r) + memory.grouped_accumulators(r) + sunk
 
     def own_notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
         from attnrt.backends.flash_attn import fa4
@@ -265,40 +267,5 @@ _SUNK = "applies the sinks to its output by the log-sum-exp"
 _COMPILES = "compiles once for each kind of call, in 2 to 4 s for each of forward and backward, and keeps it on disk"
 
 
-def _linear(r: AttentionRequest) -> int:
-    """As `linear_bytes`, with the gradients of the first Sq keys apart from those of all, where only these are read."""
-    twice = r.batch * r.seqlen_q * r.heads_kv * (r.head_dim_qk + r.head_dim_v) * r.itemsize
-    return linear_bytes(r) + (twice if r.needs_grad and cut(r) else 0)
-
-
 def _sunk(r: AttentionRequest) -> str:
     return _SUNK + (", and runs its forward again in the backward" if r.needs_grad else "")
-
-
-def _sunk_bytes(r: AttentionRequest) -> int:
-    """What sinks by the log-sum-exp take: that and a factor for each row, and in the backward the output once more, and
-    once more times its gradient."""
-    if not r.sinks:
-        return 0
-    rows = r.tokens_q * r.heads_q
-    return rows * 8 + (rows * (2 * r.head_dim_v * r.itemsize + 8) if r.needs_grad else 0)
-
-
-def _rounded(head_dim: int) -> int:
-    """The head dim that flash-attn 2's accumulators have."""
-    step = 32 if head_dim <= 128 else 64
-    return ceil(head_dim / step) * step
-
-
-def _dq_copies(r: AttentionRequest, e: Environment) -> int:
-    """How many float32 dq flash-attn 2 keeps: one, or when deterministic one for each wave of its grid."""
-    if not (r.needs_grad and r.deterministic) or r.empty:
-        return 1
-    return ceil((e.sm_count or 132) / (r.batch * r.heads_q))
-
-
-def _grouped_accumulators(r: AttentionRequest) -> int:
-    """float32 dk and dv, into which the query heads of a group add."""
-    if not r.needs_grad or r.heads_q == r.heads_kv:
-        return 0
-    return r.tokens_kv * r.heads_kv * (r.head_dim_qk + r.head_dim_v) * 4
