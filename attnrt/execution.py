@@ -212,7 +212,7 @@ def _rebuilt(kernel: int, qkv: QKV, operands: Operands, options: Sequence[Any]) 
     named.pop("pin")
     settings = runtime.settings(backend_argument, policy)
     named["deterministic"] = runtime.wants_determinism(named["deterministic"], settings)
-    request = bind(*qkv, operands, **named)
+    request = runtime.allowed(bind(*qkv, operands, **named), settings)
     environment = Environment.detect(qkv[0].device)
     try:
         forward, backward = chosen.pair(request, environment)

@@ -112,6 +112,10 @@ def rules_markdown() -> str:
             f"| `{rule.id}` | {_escape(rule.message)} | {_escape(rule.remedy)} | {_escape(rule.source)} |"
             for rule in rules
         ]
+        said = {id: sentence for kernel in (backend, *kernels) for id, sentence in kernel.answers().items()}
+        if said:
+            lines += ["", "Said by the package that is installed:", "", "| id | meaning |", "|---|---|"]
+            lines += [f"| `{id}` | {_escape(sentence)} |" for id, sentence in said.items()]
     lines += ["", "## Advisories", "", "Known defects, matched by version, arch and shape.", ""]
     lines += ["| id | backends | action | effect | remedy | source |", "|---|---|---|---|---|---|"]
     for a in load_advisories():
@@ -125,7 +129,7 @@ def rule_ids() -> frozenset[str]:
     found = set(RULES) | {a.id for a in load_advisories()}
     for backend in registry.backends().values():
         for kernel in (backend, *backend.kernels):
-            found |= {rule.id for rule in kernel.all_rules}
+            found |= {rule.id for rule in kernel.all_rules} | set(kernel.answers())
     return frozenset(found)
 
 

@@ -102,6 +102,8 @@ class AttentionRequest:
     """Every pointer and stride of q, k, v is a multiple of 16 bytes."""
     expanded: bool = False
     """Some dim of q, k or v is expanded: stride 0, so no copy engine can address it."""
+    may_pad: bool = False
+    """The policy allows a kernel to copy q, k and v into larger head dims, with zeros behind them."""
     capturing: bool = False
     compiled: bool = False
     """Inside a graph that torch.compile or torch.export traced."""

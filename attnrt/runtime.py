@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -171,6 +172,12 @@ def wants_determinism(argument: Any, chosen: Settings) -> Any:
     return by_policy or variables().deterministic or torch.are_deterministic_algorithms_enabled()
 
 
+def allowed(request: AttentionRequest, chosen: Settings) -> AttentionRequest:
+    """The request with what the policy allows a kernel to do for it."""
+    may_pad = chosen.policy is not None and chosen.policy.allow_padding
+    return request if request.may_pad == may_pad else replace(request, may_pad=may_pad)
+
+
 def choose(
     request: AttentionRequest,
     environment: Environment,
@@ -181,6 +188,7 @@ def choose(
 ) -> Decision:
     """The choice, once the winner's library (on a machine that is here; with `every`, each eligible one's) agrees."""
     backends = registry.backends()
+    request = allowed(request, chosen)
     if environment.simulated:
         return pinned(select(request, environment, chosen, backends), pin, chosen)
     refused = {**_demoted.get((request, environment.name), {}), **(failed or {})}

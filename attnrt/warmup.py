@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -106,7 +106,7 @@ def _first_call(call: Call, kernel: Kernel, decision: Decision) -> Warmed:
     folder = kernel.disk_cache()
     before = _files(folder)
     start = time.perf_counter()
-    run = kernel.prepare(given.request, decision.environment)
+    run = kernel.prepare(replace(given.request, may_pad=decision.request.may_pad), decision.environment)
     with torch.set_grad_enabled(bool(leaves)):
         result = run(given.q, given.k, given.v, given.operands)
     out = result[0] if isinstance(result, tuple) else result

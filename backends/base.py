@@ -6,7 +6,7 @@ report, the support matrix and the tests alike. A rule that fails never depends 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -191,6 +191,10 @@ class Kernel:
     def disk_cache(self) -> Path | None:
         """The folder in which it keeps what it compiles, there or not yet; None if it keeps nothing."""
         return None
+
+    def answers(self) -> Mapping[str, str]:
+        """What `answer` may say: ids of reasons, and a sentence for each."""
+        return {}
 
     def answer(self, request: AttentionRequest, environment: Environment) -> tuple[Reason, ...]:
         """What the library itself has against a request that the rules accept; () if nothing.

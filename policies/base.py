@@ -60,6 +60,8 @@ class Policy(ABC):
         name: as the report shows it. description: one sentence. source: the file it came from, or "<object>".
         on_failure: when the chosen kernel fails at run time, "raise", or go on to the "next" candidate with a warning.
         deterministic: every backward must be deterministic, unless the call itself says `deterministic=False`.
+        allow_padding: kernels without this head dim may copy q, k and v into a larger one, with zeros behind them; the
+            report has the bytes.
         measures: it times a request's kernels on the first call's tensors, as "measure" does.
     """
 
@@ -67,6 +69,7 @@ class Policy(ABC):
     description: str = ""
     on_failure: Literal["raise", "next"] = "raise"
     deterministic: bool = False
+    allow_padding: bool = False
     source: str = "<object>"
     measures: bool = False
 

@@ -42,6 +42,7 @@ class PolicyEntry(Entry):
     extends: Text | None = None
     on_failure: Literal["raise", "next"] = "raise"
     deterministic: bool = False
+    allow_padding: bool = False
     lines: list[LineEntry] | None = Field(default=None, min_length=1)
 
 
@@ -101,6 +102,7 @@ def read_policy(
         lines=lines,
         on_failure=entry.on_failure if base is None or "on_failure" in given else base.on_failure,
         deterministic=entry.deterministic if base is None or "deterministic" in given else base.deterministic,
+        allow_padding=entry.allow_padding if base is None or "allow_padding" in given else base.allow_padding,
         source=file,
     )
 

@@ -202,6 +202,10 @@ class MeasuredPolicy(Policy):
         return self.static.deterministic
 
     @property
+    def allow_padding(self) -> bool:  # type: ignore[override]
+        return self.static.allow_padding
+
+    @property
     def source(self) -> str:  # type: ignore[override]
         return ", ".join(t.file for t in self.tables) or self.static.source
 

@@ -40,6 +40,7 @@ class PreferencePolicy(Policy):
     lines: tuple[Line, ...]
     on_failure: Literal["raise", "next"] = "raise"
     deterministic: bool = False
+    allow_padding: bool = False
     source: str = "<object>"
 
     def __post_init__(self) -> None:

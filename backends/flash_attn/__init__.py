@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from math import ceil
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from attnrt.backends.base import FEATURE_NAMES, Backend, Reason, linear_bytes
-from attnrt.backends.flash_attn import fa2_rules, fa3_rules, fa4_rules
+from attnrt.backends.base import FEATURE_NAMES, Backend, Reason, Rule
+from attnrt.backends.flash_attn import fa2_rules, fa3_rules, fa4_rules, memory, padding
 from attnrt.backends.flash_attn.common import cut
 from attnrt.environment import Environment
 from attnrt.request import AttentionRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from attnrt.backends.base import Run
     from attnrt.backends.flash_attn.discovery import Library
 
@@ -29,6 +32,54 @@ class FlashAttention(Backend):
     dispensable: ClassVar[frozenset[str]] = frozenset()
     """Arguments without which an older build does what they ask for."""
 
+    @cached_property
+    def all_rules(self) -> tuple[Rule, ...]:
+        return tuple(map(self._as_run_rule, super().all_rules))
+
+    def _as_run_rule(self, rule: Rule) -> Rule:
+        """The rule for the request as it would run."""
+        remedy = rule.remedy
+        if remedy is not None and remedy.startswith("pad ") and "PAGED" not in rule.id:
+            remedy += "; for all but KV caches a policy with allow_padding: true does that"
+        return replace(rule, remedy=remedy, fails=lambda r, e: rule.fails(self.as_run(r, e), e))
+
+    def as_run(self, request: AttentionRequest, environment: Environment) -> AttentionRequest:
+        """The request with the head dims that its kernel sees: larger ones, where the policy allows to pad."""
+        return padding.widened(request, environment, self._of_head_dims) if request.may_pad else request
+
+    @cached_property
+    def _of_head_dims(self) -> tuple[Rule, ...]:
+        return tuple(rule for rule in self.rules if "HEAD_DIM" in rule.id)
+
+    def bytes(self, request: AttentionRequest, environment: Environment) -> int:
+        wide = self.as_run(request, environment)
+        return self.own_bytes(wide, environment) + padding.copied_bytes(request, wide)
+
+    def own_bytes(self, request: AttentionRequest, environment: Environment) -> int:
+        """`bytes` for head dims that it has kernels for."""
+        raise NotImplementedError
+
+    def notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
+        wide = self.as_run(request, environment)
+        said = () if wide is request else (padding.note(request, wide),)
+        return (*said, *self.own_notes(wide, environment))
+
+    def own_notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
+        """`notes` for head dims that it has kernels for."""
+        raise NotImplementedError
+
+    def answers(self) -> Mapping[str, str]:
+        found = {
+            "BROKEN": "The package is installed and does not load; the loader's own words follow.",
+            "BUILT_FOR": "Its compiled part has no code that runs on this GPU.",
+            "SIGNATURE": "Its function has no argument that this call needs.",
+            "LEFT_OUT": "It was built without something that this call needs.",
+            "SHADOWED": "Another package has overwritten its files.",
+        }
+        # flash-attn 4 has no compiled part, and lies in a folder of flash-attn 2's.
+        unsaid = {"BUILT_FOR", "LEFT_OUT"} if self.generation == 4 else {"SHADOWED"}
+        return {f"{self.prefix}_{id}": sentence for id, sentence in found.items() if id not in unsaid}
+
     def answer(self, request: AttentionRequest, environment: Environment) -> tuple[Reason, ...]:
         """What the package here says for itself: that it does not load, was built for other GPUs, or has other
         functions than the adapter calls."""
@@ -39,6 +90,7 @@ class FlashAttention(Backend):
             return (found,)
         if (elsewhere := built_elsewhere(GENERATIONS[self.generation], environment)) is not None:
             return (elsewhere,)
+        request = self.as_run(request, environment)
         how = self.adapter().call(request, environment)
         if missing := [n for n in found.lacks(how.function, how.arguments) if n not in self.dispensable]:
             return (self._unknown_arguments(found, how.function, missing),)
@@ -52,8 +104,9 @@ class FlashAttention(Backend):
         found = self._load(environment)
         if isinstance(found, Reason):
             raise RuntimeError(f"{found.message}; {found.remedy}")
-        run: Run = self.adapter().prepare(request, environment, found)
-        return run
+        wide = self.as_run(request, environment)
+        run: Run = self.adapter().prepare(wide, environment, found)
+        return run if wide is request else padding.unpadded(run, request, wide)
 
     def adapter(self) -> Any:
         """The module with `call` and `prepare` for this generation."""
@@ -87,24 +140,29 @@ class FlashAttention2(FlashAttention):
     generation = 2
     package = fa2_rules.PACKAGE
     # What is refused with a remedy has a rule of its own.
-    supports = (FEATURE_NAMES | {"paged"}) - _NEVER - {"sinks"}
+    supports = (FEATURE_NAMES | {"paged"}) - _NEVER
     rules = fa2_rules.RULES
 
-    def bytes(self, request: AttentionRequest, environment: Environment) -> int:
+    def own_bytes(self, request: AttentionRequest, environment: Environment) -> int:
         r = request
-        total = _linear(r)
+        total = memory.linear(r) + memory.sinks(r)
         if not r.needs_grad:
             return total
         if r.heads_q != r.heads_kv:  # dk and dv of every query head, summed afterwards
             total += r.tokens_kv * r.heads_q * 2 * r.head_dim * r.itemsize
-        return total + (_dq_copies(r, environment) - 1) * r.tokens_q * r.heads_q * _rounded(r.head_dim) * 4
+        return total + (memory.dq_copies(r, environment) - 1) * r.tokens_q * r.heads_q * memory.rounded(r.head_dim) * 4
 
-    def notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
+    def own_notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
+        said = []
         if request.padded_kv:
-            return ("padded keys run by flash_attn_with_kvcache",)
-        said = (_CUT,) if cut(request) else ()
-        copies = _dq_copies(request, environment)
-        return (*said, f"a deterministic backward keeps {copies} float32 copies of dq") if copies > 1 else said
+            said.append("padded keys run by flash_attn_with_kvcache")
+        if cut(request):
+            said.append(_CUT)
+        if request.sinks:
+            said.append(_sunk(request))
+        if (copies := memory.dq_copies(request, environment)) > 1:
+            said.append(f"a deterministic backward keeps {copies} float32 copies of dq")
+        return tuple(said)
 
     def left_out(self, request: AttentionRequest, library: Library) -> tuple[Reason, ...]:
         from attnrt.backends.flash_attn import fa2_build
@@ -129,18 +187,23 @@ class FlashAttention3(FlashAttention):
     generation = 3
     package = fa3_rules.PACKAGE
     dispensable = frozenset({"return_attn_probs"})
-    supports = (FEATURE_NAMES | {"paged"}) - _NEVER - {"alibi", "sinks", "dropout"}
+    supports = (FEATURE_NAMES | {"paged"}) - _NEVER - {"alibi", "dropout"}
     rules = fa3_rules.RULES
 
-    def bytes(self, request: AttentionRequest, environment: Environment) -> int:
-        return _linear(request) + _grouped_accumulators(request)
+    def own_bytes(self, request: AttentionRequest, environment: Environment) -> int:
+        return memory.linear(request) + memory.grouped_accumulators(request) + memory.sinks(request)
 
-    def notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
+    def own_notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
+        said = []
         if request.packed:
-            return (_STRAY,)
+            said.append(_STRAY)
         if cut(request):
-            return (_CUT,)
-        return (_ONE_PAGE_EACH,) if request.padded_kv and not request.paged else ()
+            said.append(_CUT)
+        if request.padded_kv and not request.paged:
+            said.append(_ONE_PAGE_EACH)
+        if request.sinks:
+            said.append(_sunk(request))
+        return tuple(said)
 
     def left_out(self, request: AttentionRequest, library: Library) -> tuple[Reason, ...]:
         from attnrt.backends.flash_attn import fa3
@@ -160,10 +223,13 @@ class FlashAttention4(FlashAttention):
     supports = (FEATURE_NAMES | {"paged"}) - _NEVER - {"alibi", "dropout"}
     rules = fa4_rules.RULES
 
-    def bytes(self, request: AttentionRequest, environment: Environment) -> int:
-        return _linear(request) + _grouped_accumulators(request)
+    def own_bytes(self, request: AttentionRequest, environment: Environment) -> int:
+        r = request
+        # Sinks by the log-sum-exp: the output in float32, and once more as it is.
+        sunk = r.tokens_q * r.heads_q * r.head_dim_v * (4 + r.itemsize) if r.sinks and r.needs_lse else 0
+        return memory.linear(r) + memory.grouped_accumulators(r) + sunk
 
-    def notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
+    def own_notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
         from attnrt.backends.flash_attn import fa4
 
         said = [_COMPILES]
@@ -173,7 +239,7 @@ class FlashAttention4(FlashAttention):
         if fa4.by_rows(request, environment):
             said.append(_ONE_PAGE_EACH)
         if fa4.sinks_by_lse(request):
-            said.append("applies the sinks to its output by the log-sum-exp")
+            said.append(_SUNK)
         if request.packed:
             said.append(_STRAY)
         if cut(request):
@@ -197,30 +263,9 @@ class FlashAttention4(FlashAttention):
 _CUT = "reads the first Sq keys, all that a top-left causal mask shows to any query"
 _ONE_PAGE_EACH = "the cache is read as one page a sequence, so that no key past its end is read"
 _STRAY = "tokens after the last sequence must be finite numbers: its last tile weighs them with 0"
+_SUNK = "applies the sinks to its output by the log-sum-exp"
 _COMPILES = "compiles once for each kind of call, in 2 to 4 s for each of forward and backward, and keeps it on disk"
 
 
-def _linear(r: AttentionRequest) -> int:
-    """As `linear_bytes`, with the gradients of the first Sq keys apart from those of all, where only these are read."""
-    twice = r.batch * r.seqlen_q * r.heads_kv * (r.head_dim_qk + r.head_dim_v) * r.itemsize
-    return linear_bytes(r) + (twice if r.needs_grad and cut(r) else 0)
-
-
-def _rounded(head_dim: int) -> int:
-    """The head dim that flash-attn 2's accumulators have."""
-    step = 32 if head_dim <= 128 else 64
-    return ceil(head_dim / step) * step
-
-
-def _dq_copies(r: AttentionRequest, e: Environment) -> int:
-    """How many float32 dq flash-attn 2 keeps: one, or when deterministic one for each wave of its grid."""
-    if not (r.needs_grad and r.deterministic) or r.empty:
-        return 1
-    return ceil((e.sm_count or 132) / (r.batch * r.heads_q))
-
-
-def _grouped_accumulators(r: AttentionRequest) -> int:
-    """float32 dk and dv, into which the query heads of a group add."""
-    if not r.needs_grad or r.heads_q == r.heads_kv:
-        return 0
-    return r.tokens_kv * r.heads_kv * (r.head_dim_qk + r.head_dim_v) * 4
+def _sunk(r: AttentionRequest) -> str:
+    return _SUNK + (", and runs its forward again in the backward" if r.needs_grad else "")

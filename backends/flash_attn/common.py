@@ -11,6 +11,11 @@ def cut(r: AttentionRequest) -> bool:
     return r.alignment == "top_left" and r.right == 0 and r.seqlen_q < r.seqlen_kv and not (r.packed or r.padded)
 
 
+def reads_lse(r: AttentionRequest) -> bool:
+    """The call needs the log-sum-exp: it was asked for, or the sinks are applied by it."""
+    return r.needs_lse or r.sinks
+
+
 def common(prefix: str, title: str, package: str, install: str, next_major: str) -> tuple[Rule, ...]:
     """Device, package, dtype, strides, alignment and padding: the same in each generation.
 

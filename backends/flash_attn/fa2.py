@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from attnrt.backends.flash_attn.calls import Call, as_passed, dead_rows, swapped, views, window
+from attnrt.backends.flash_attn.common import reads_lse
 from attnrt.backends.flash_attn.discovery import KVCACHE, Library
+from attnrt.backends.flash_attn.sinks import with_sinks
 from attnrt.backends.flash_attn.tails import Tails
 from attnrt.environment import Environment
 from attnrt.operands import Operands
@@ -25,7 +27,7 @@ def call(r: AttentionRequest, e: Environment) -> Call:
         fixed["softcap"] = r.softcap
     tensors = {} if r.alibi is None else {"alibi_slopes": "alibi_slopes"}
     if r.padded:
-        if r.needs_lse:
+        if reads_lse(r):
             fixed["return_softmax_lse"] = True
         tensors |= {"cache_seqlens": "seqlens_kv"} | ({"block_table": "page_table"} if r.paged else {})
         return Call(KVCACHE, fixed, tensors, ("q", "k_cache", "v_cache"))
@@ -33,7 +35,7 @@ def call(r: AttentionRequest, e: Environment) -> Call:
         fixed["dropout_p"] = r.dropout_p
     if r.needs_grad and r.deterministic:
         fixed["deterministic"] = True
-    if r.needs_lse:
+    if reads_lse(r):
         fixed["return_attn_probs"] = True
     if not r.packed:
         return Call("flash_attn_func", fixed, tensors)
@@ -54,14 +56,23 @@ def prepare(r: AttentionRequest, e: Environment, library: Library) -> Run:
     function, fixed, (q_name, k_name, v_name) = library.functions[how.function], how.fixed, how.inputs
     tails = Tails(r) if r.packed else None
 
-    def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
-        q, k, v = views(asked, q, k, v)
+    def package(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> tuple[Tensor, Tensor | None]:
         found = function(**{q_name: q, k_name: k, v_name: v}, **fixed, **how.given(operands))
-        out, lse = found[:2] if r.needs_lse else (found, None)
+        out, lse = found[:2] if reads_lse(r) else (found, None)
         if tails is not None:
             tails(out, lse, operands)
+        return out, lse
+
+    def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
+        q, k, v = views(asked, q, k, v)
+        lse: Tensor | None
+        if r.sinks:
+            out, lse = with_sinks(package, lambda raw: _lse(r, raw, operands), q, k, v, operands)
+        else:
+            out, raw = package(q, k, v, operands)
+            lse = None if raw is None else _lse(r, raw.detach(), operands)
         (out,) = swapped(r.layout, out)
-        return out if lse is None else (out, _lse(r, lse.detach(), operands))
+        return (out, lse) if r.needs_lse else out
 
     return run
 

@@ -63,11 +63,11 @@ def against(r: AttentionRequest, found: Build, version: str) -> tuple[Reason, ..
     taken = next((d for d in HEAD_DIMS if r.head_dim <= d), HEAD_DIMS[-1])
     # Also a plain forward is split where it would not fill the GPU.
     directions = {"fwd_splitkv"} | (set() if r.padded or r.paged else {"fwd"}) | ({"bwd"} if r.needs_grad else set())
-    missing = [
-        f"{_WORDS[d]} for head_dim {taken} in {r.dtype}, which head_dim {r.head_dim} takes"
-        for d in sorted(directions)
-        if found.kernels and (d, taken, r.dtype) not in found.kernels
-    ]
+    lacks = [_WORDS[d] for d in sorted(directions) if found.kernels and (d, taken, r.dtype) not in found.kernels]
+    missing = []
+    if lacks:
+        takes = "" if taken == r.head_dim else f", which head_dim {r.head_dim} takes"
+        missing.append(f"{' and '.join(lacks)} for head_dim {taken} in {r.dtype}{takes}")
     wants = {
         "backward": r.needs_grad,
         "dropout": r.dropout_p > 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attnrt.backends.base import Rule, between, needs
-from attnrt.backends.flash_attn.common import common
+from attnrt.backends.flash_attn.common import common, reads_lse
 from attnrt.environment import Environment
 from attnrt.request import AttentionRequest
 
@@ -93,21 +93,22 @@ RULES = (
         "FA2_PACKED_LSE_VERSION",
         PACKAGE,
         "2.6",
-        lambda r, e: r.packed and r.needs_lse,
-        "the log-sum-exp of packed sequences as (Hq, T)",
+        lambda r, e: r.packed and reads_lse(r),
+        "the log-sum-exp of packed sequences as (Hq, T), by which sinks are applied too",
         source="flash-attn 2.5.9 and 2.6.0 flash_api.cpp",
     ),
     Rule(
         "FA2_DROPOUT_LSE",
-        lambda r, e: r.dropout_p > 0 and r.needs_lse,
-        "with dropout ({r.dropout_p:g}) the log-sum-exp comes only together with all B * Hq * Sq * Skv dropped weights",
+        lambda r, e: r.dropout_p > 0 and reads_lse(r),
+        "with dropout ({r.dropout_p:g}) the log-sum-exp, by which sinks are applied too, comes only together with all "
+        "B * Hq * Sq * Skv dropped weights",
         source="flash-attn 2.8.3 flash_attn_interface.py",
     ),
     Rule(
         "FA2_ALIBI_PACKED_LSE",
-        lambda r, e: r.alibi is not None and r.is_causal and r.packed and r.needs_lse,
+        lambda r, e: r.alibi is not None and r.is_causal and r.packed and reads_lse(r),
         "under a causal mask flash-attn 2 counts ALiBi from key 0, which its log-sum-exp shows: packed sequences are "
-        "not corrected for it",
+        "not corrected for it, nor can sinks be applied by it",
         "use a dense layout, or another backend",
         "flash-attn 2.8.3 alibi.h",
     ),
@@ -131,8 +132,8 @@ RULES = (
         "FA2_PADDING_LSE_VERSION",
         PACKAGE,
         "2.6",
-        lambda r, e: r.padded_kv and r.needs_lse,
-        "the log-sum-exp of padded keys",
+        lambda r, e: r.padded_kv and reads_lse(r),
+        "the log-sum-exp of padded keys, by which sinks are applied too",
         source="flash-attn 2.6.0 flash_attn_with_kvcache",
     ),
     Rule(

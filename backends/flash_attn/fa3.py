@@ -11,7 +11,9 @@ from torch import Tensor
 
 from attnrt.backends.base import Reason
 from attnrt.backends.flash_attn.calls import Call, as_passed, swapped, views, window
+from attnrt.backends.flash_attn.common import reads_lse
 from attnrt.backends.flash_attn.discovery import KVCACHE, Library
+from attnrt.backends.flash_attn.sinks import with_sinks
 from attnrt.backends.flash_attn.tails import Tails
 from attnrt.environment import Environment
 from attnrt.operands import Operands
@@ -37,7 +39,7 @@ def call(r: AttentionRequest, e: Environment) -> Call:
     if r.softcap is not None:
         fixed["softcap"] = r.softcap
     if r.padded:
-        if r.needs_lse:
+        if reads_lse(r):
             fixed["return_softmax_lse"] = True
         tensors = {"cache_seqlens": "seqlens_kv"} | ({"page_table": "page_table"} if r.paged else {})
         return Call(KVCACHE, fixed, tensors, ("q", "k_cache", "v_cache"))
@@ -54,7 +56,7 @@ def call(r: AttentionRequest, e: Environment) -> Call:
 
 
 def _with_lse(r: AttentionRequest) -> dict[str, Any]:
-    return {"return_attn_probs": True} if r.needs_lse else {}
+    return {"return_attn_probs": True} if reads_lse(r) else {}
 
 
 def optional(how: Call, library: Library) -> Call:
@@ -81,13 +83,21 @@ def prepare(r: AttentionRequest, e: Environment, library: Library) -> Run:
     kept = {} if r.capturing else extra(r, e)
     tails = Tails(r) if r.packed else None
 
-    def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
-        q, k, v = views(asked, q, k, v)
+    def package(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> tuple[Tensor, Tensor | None]:
         given = how.given(operands) | (extra(r, e) if r.capturing else kept)
         found = function(**{q_name: q, k_name: k, v_name: v}, **fixed, **given)
         out, lse = found[:2] if isinstance(found, tuple) else (found, None)
         if tails is not None:
             tails(out, lse, operands)
+        return out, lse
+
+    def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
+        q, k, v = views(asked, q, k, v)
+        lse: Tensor | None
+        if r.sinks:
+            out, lse = with_sinks(package, torch.clone, q, k, v, operands)
+        else:
+            out, lse = package(q, k, v, operands)
         (out,) = swapped(r.layout, out)
         if not r.needs_lse:
             return out

@@ -13,6 +13,7 @@ from torch import Tensor
 from attnrt.backends.base import between
 from attnrt.backends.flash_attn.calls import Call, as_passed, swapped, views, window
 from attnrt.backends.flash_attn.discovery import Library
+from attnrt.backends.flash_attn.sinks import per_row, share
 from attnrt.backends.flash_attn.tails import Tails
 from attnrt.environment import Environment
 from attnrt.operands import Operands
@@ -125,8 +126,7 @@ def _sinks(sinks: Tensor) -> Tensor:
 def _with_sinks(out: Tensor, lse: Tensor, operands: Operands) -> Tensor:
     """Each output row times the share of the denominator that its keys have. The LSE is differentiable here."""
     assert operands.sinks is not None
-    share = torch.sigmoid(lse - operands.sinks.float()[:, None]).transpose(-1, -2).unsqueeze(-1)
-    return (out * share).to(out.dtype)
+    return (out * per_row(share(lse, operands.sinks))).to(out.dtype)
 
 
 def extra(r: AttentionRequest, e: Environment) -> dict[str, Tensor]:

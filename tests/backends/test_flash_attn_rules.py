@@ -77,7 +77,6 @@ def shared(prefix: str) -> list[Row]:
 ROWS: dict[str, list[Row]] = {
     "FA2": [
         *shared("FA2"),
-        ("FA2_SINKS", {"sinks": True}, {}, {"sinks": False}),
         ("FA2_ARCH", {}, {"arch": "sm75"}, {"arch": "sm80"}),
         ("FA2_VERSION", {}, {"version": "2.1.0"}, {"version": "2.1.1"}),
         ("FA2_SM100_VERSION", {}, {"arch": "sm100", "version": "2.7.2"}, {"version": "2.7.3"}),
@@ -117,6 +116,7 @@ ROWS: dict[str, list[Row]] = {
         ("FA2_SOFTCAP_DROPOUT", {"softcap": 30.0, "dropout_p": 0.1}, {}, {"dropout_p": 0.0}),
         ("FA2_PACKED_LSE_VERSION", {"packed": True, "return_lse": True}, {"version": "2.5.9"}, {"version": "2.6.0"}),
         ("FA2_DROPOUT_LSE", {"dropout_p": 0.1, "return_lse": True}, {}, {"return_lse": False}),
+        ("FA2_DROPOUT_LSE", {"dropout_p": 0.1, "sinks": True}, {}, {"sinks": False}),
         (
             "FA2_ALIBI_PACKED_LSE",
             {"packed": True, "alibi": True, "causal": True, "return_lse": True},
@@ -132,7 +132,6 @@ ROWS: dict[str, list[Row]] = {
     "FA3": [
         *shared("FA3"),
         ("FA3_ALIBI", {"alibi": True}, {}, {"alibi": False}),
-        ("FA3_SINKS", {"sinks": True}, {}, {"sinks": False}),
         ("FA3_DROPOUT", {"dropout_p": 0.1}, {}, {"dropout_p": 0.0}),
         ("FA3_ARCH", {}, {"arch": "sm89"}, {"arch": "sm90"}),
         ("FA3_ARCH", {}, {"arch": "sm100"}, {"arch": "sm90"}),

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from cases import cases
 from devices import call, lengths, on_gpu, packed, poisoned, without_stray_nan
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from oracle import Case, assert_agrees
+from oracle import Case, assert_agrees, gradients
 from paging import paged
 from running import run
 from torch import Tensor
@@ -152,6 +153,11 @@ def with_sinks(seqlen: int, **given: Any) -> Case:
     return call(seqlen, operands=Operands(sinks=torch.randn(4, device="cuda", requires_grad=True)), **given)
 
 
+def packed_with_sinks(*numbers: int) -> Case:
+    case = packed(*numbers, causal=True)
+    return replace(case, operands=case.operands._replace(sinks=torch.randn(4, device="cuda", requires_grad=True)))
+
+
 def cache(layout: str = "bshd", queries: int = 1, dim: int = 128, **given: Any) -> Case:
     """Decoding over a padded KV cache: a full one, a short one, an empty one. What no sequence has is NaN."""
     ends = lengths(1024, 77, 0)
@@ -195,6 +201,12 @@ LARGE: dict[str, Any] = {
     "packed, GQA, no stray": lambda: packed(257, 511, 1024, heads=(4, 2), causal=True, stray=0),
     "sinks": lambda: with_sinks(2048, causal=True, return_lse=False),
     "sinks and LSE": lambda: with_sinks(1000, causal=True),
+    "sinks, d 64, window, GQA": lambda: with_sinks(1500, dim=64, heads=(4, 2), window=(200, 0)),
+    "sinks, dead rows": lambda: with_sinks(700, seqlen_kv=300, causal=True, alignment="bottom_right"),
+    "sinks, packed": lambda: packed_with_sinks(1, 700, 0, 129),
+    "sinks without a gradient": lambda: call(
+        900, causal=True, training=False, operands=Operands(sinks=torch.randn(4, device="cuda"))
+    ),
     "ALiBi": lambda: call(1000, causal=True, operands=Operands(alibi_slopes=torch.rand(4, device="cuda"))),
     "deterministic": lambda: call(2048, heads=(4, 2), causal=True, deterministic=True),
     "decode": lambda: call(1, 4096, heads=(8, 1), batch=3, training=False),
@@ -215,6 +227,17 @@ def test_large(generation: str, name: str) -> None:
     found = run_on(kernel, case)
     with torch.device("cuda"):
         assert_agrees(case, found)
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_head_dims_that_a_policy_lets_pad(generation: str) -> None:
+    kernel, case = kernel_of(generation), call(700, dim=128, dim_v=64, heads=(4, 2), causal=True)
+    asked = replace(case.request(), may_pad=True)
+    if kernel.as_run(asked, here()) is asked or kernel.answer(asked, here()):
+        pytest.skip(f"{generation} has a kernel for them, or none for 128 either")
+    out, lse = kernel.prepare(asked, here())(case.q, case.k, case.v, case.operands)
+    with torch.device("cuda"):
+        assert_agrees(case, {"out": out, "lse": lse, **gradients(case, out, case.leaves())})
 
 
 @pytest.mark.parametrize("queries", [1, 3])

@@ -75,7 +75,9 @@ def test_every_line_of_the_default_policy_decides_somewhere() -> None:
         Environment.simulate("sm75"),
         Environment(name="a ROCm GPU", device_type="cuda"),
     ]
-    shapes = [*SHAPES.values(), {"dropout_p": 0.125}]
+    sinks = [{"sinks": True, "seqlen_q": n, "seqlen_kv": 4096, "training": n > 1} for n in (1, 512, 4096)]
+    narrow = {"head_dim": 64, "seqlen_q": 8192}
+    shapes = [*SHAPES.values(), {"dropout_p": 0.125}, narrow, *sinks]
     reached = {policy.rank(request(**shape), e).line for e in environments for shape in shapes}
     assert reached == {f"default: {line.name}" for line in policy.lines}
 
@@ -213,6 +215,16 @@ def test_extends_inherits_what_is_left_out(tmp_path: Path) -> None:
     own = load_policy(write(file, "torch", "extends: deterministic\ndeterministic: false\n"), KNOWN)
     assert own.deterministic is False
     assert own.rank(request(), Environment.named("h200")).order == ("torch",)
+
+
+def test_padding_is_allowed_by_those_that_say_so(tmp_path: Path) -> None:
+    assert not any(load_policy(name, KNOWN).allow_padding for name in builtin_policies())
+    file = tmp_path / "pads.yaml"
+    file.write_text("name: mine\ndescription: A test.\nextends: default\nallow_padding: true\n")
+    assert load_policy(file, KNOWN).allow_padding
+    file.write_text("name: mine\ndescription: A test.\nextends: default\nallow_padding: 1\n")
+    with pytest.raises(PolicyError, match="allow_padding: true or false is needed, not 1"):
+        load_policy(file, KNOWN)
 
 
 def test_a_policy_object_needs_neither_yaml_nor_pydantic() -> None:

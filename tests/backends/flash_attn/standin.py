@@ -80,7 +80,8 @@ CONVENTIONS = {2: fa2, 3: fa3, 4: fa4}
 
 
 class Unset(torch.autograd.Function):
-    """Gradients of rows that no sequence has are whatever memory held."""
+    """Gradients of rows that no sequence has are whatever memory held. Without a differentiable log-sum-exp they come
+    from what was saved, as the packages' kernels have them."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, used: dict[str, Any]) -> Any:
@@ -88,15 +89,20 @@ class Unset(torch.autograd.Function):
         with torch.enable_grad():
             ctx.leaves = [None if t is None else t.detach().double().requires_grad_() for t in (q, k, v, sink)]
             ctx.out, ctx.lse = compute(*ctx.leaves, **used)
-        return ctx.out.detach().to(q.dtype), ctx.lse.detach().float()
+        out, lse = ctx.out.detach().to(q.dtype), ctx.lse.detach().float()
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> Any:
-        outputs, grads = [ctx.out], [grad.double()]
-        if ctx.used["differentiable_lse"] and grad_lse is not None:
-            outputs.append(ctx.lse)
-            grads.append(grad_lse.double())
         leaves = [t for t in ctx.leaves if t is not None]
+        if ctx.used["differentiable_lse"]:
+            outputs, grads = [ctx.out], [grad.double()]
+            if grad_lse is not None:
+                outputs.append(ctx.lse)
+                grads.append(grad_lse.double())
+        else:
+            outputs, grads = [by_formula(*ctx.saved_tensors[3:], grad, *leaves, ctx.used)], [None]
         found = [g.to(grad.dtype) for g in torch.autograd.grad(outputs, leaves, grads, allow_unused=True)]
         for x, offsets in zip(found, (ctx.used["cu_q"], *(ctx.used["cu_k"],) * 2), strict=False):
             if offsets is not None:
@@ -156,6 +162,33 @@ def compute(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, **used: Any) -
     return torch.stack(pieces), torch.stack(log_pieces)
 
 
+def by_formula(out: Tensor, lse: Tensor, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, used: dict[str, Any]) -> Tensor:
+    """What has the gradients that a flash-attention backward gives: weights exp(scores - lse), and the gradient of the
+    scores is weights * (grad v - sum(grad * out)), with the output and the log-sum-exp that were saved."""
+    total = q.new_zeros(())
+    group = q.shape[-2] // k.shape[-2]
+    cu_q, cu_k = used["cu_q"], used["cu_k"]
+    spans = (
+        [
+            tuple(slice(*ends) for ends in both)
+            for both in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True)
+        ]
+        if cu_q is not None
+        else [(b, b) for b in range(len(q))]
+    )
+    with torch.enable_grad():
+        for b, (rows, keys) in enumerate(spans):
+            one_k, one_v = (x[keys].repeat_interleave(group, 1) for x in (k, v))
+            scores = _scores(q[rows], one_k, b, used)
+            own = (lse[:, rows] if cu_q is not None else lse[rows]).double()[..., None]
+            weights = torch.where(scores > -math.inf, torch.exp(scores - own), 0).detach()
+            one_grad, one_out = grad[rows].double(), out[rows].double()
+            moved = torch.einsum("qhd,khd->hqk", one_grad, one_v) - (one_grad * one_out).sum(-1).T[..., None]
+            total = total + (scores.masked_fill(weights == 0, 0) * (weights * moved).detach()).sum()
+            total = total + (torch.einsum("hqk,khd->qhd", weights, one_v) * one_grad).sum()
+    return total
+
+
 def _keys(k: Tensor, v: Tensor, b: int, used: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The keys of one sequence: row by row, none past its end."""
     lengths, table = used["lengths"], used["table"]
@@ -173,6 +206,21 @@ def _one(
 ) -> tuple[Tensor, Tensor]:
     """(Sq, H, Dv) and (H, Sq) of one sequence, aligned bottom-right."""
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    scores = _scores(q, k, b, used)
+    alive = (scores > -math.inf).any(-1).all(0)
+    total = torch.logsumexp(scores[:, alive], -1)
+    if sink is not None:
+        total = torch.logaddexp(total, sink[:, None])
+    weights = torch.exp(scores[:, alive] - total[..., None])
+    out = torch.zeros(len(q), q.shape[1], v.shape[-1], dtype=q.dtype)
+    out = out.index_put((alive.nonzero().flatten(),), torch.einsum("hqk,khd->qhd", weights, v))
+    lse = torch.full((q.shape[1], len(q)), used["dead"], dtype=q.dtype)
+    lse = lse.index_put((torch.arange(q.shape[1])[:, None], alive.nonzero().flatten()[None]), total)
+    return out, lse
+
+
+def _scores(q: Tensor, k: Tensor, b: int, used: dict[str, Any]) -> Tensor:
+    """(H, Sq, Sk), -inf where a key is hidden."""
     scores = torch.einsum("qhd,khd->hqk", q, k) * used["scale"]
     if used["softcap"]:
         scores = used["softcap"] * torch.tanh(scores / used["softcap"])
@@ -187,14 +235,4 @@ def _one(
         seen &= key >= place - used["left"]
     if used["right"] is not None:
         seen &= key <= place + used["right"]
-    scores = scores.masked_fill(~seen, -math.inf)
-    alive = seen.any(1)
-    total = torch.logsumexp(scores[:, alive], -1)
-    if sink is not None:
-        total = torch.logaddexp(total, sink[:, None])
-    weights = torch.exp(scores[:, alive] - total[..., None])
-    out = torch.zeros(len(q), q.shape[1], v.shape[-1], dtype=q.dtype)
-    out = out.index_put((alive.nonzero().flatten(),), torch.einsum("hqk,khd->qhd", weights, v))
-    lse = torch.full((q.shape[1], len(q)), used["dead"], dtype=q.dtype)
-    lse = lse.index_put((torch.arange(q.shape[1])[:, None], alive.nonzero().flatten()[None]), total)
-    return out, lse
+    return scores.masked_fill(~seen, -math.inf)

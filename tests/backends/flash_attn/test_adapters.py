@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from oracle import Case, assert_agrees, gradients
 from paging import paged
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from attnrt.backends.base import reasons
 from attnrt.backends.flash_attn import FlashAttention, FlashAttention2, FlashAttention3, FlashAttention4
@@ -108,6 +111,13 @@ NAMED: dict[str, Case] = {
     "sinks and LSE": case(9, 4, causal=True, operands={"sinks": torch.randn(4, requires_grad=True)}),
     "sinks, packed": case(5, 3, layout="thd", operands={"sinks": torch.randn(4, requires_grad=True)}),
     "sinks of float64": case(5, 5, return_lse=False, operands={"sinks": torch.randn(4).double()}),
+    "sinks, softcap, window": case(
+        7, 9, window=(3, 0), softcap=2.0, operands={"sinks": torch.randn(4, requires_grad=True)}
+    ),
+    "sinks without a gradient": case(7, 9, causal=True, operands={"sinks": torch.randn(4)}),
+    "sinks, ALiBi": case(
+        9, 4, causal=True, operands={"alibi_slopes": torch.rand(2, 4), "sinks": torch.randn(4, requires_grad=True)}
+    ),
     "ALiBi": case(7, 9, operands={"alibi_slopes": torch.rand(4)}),
     "ALiBi, causal": case(7, 9, causal=True, operands={"alibi_slopes": torch.rand(2, 4)}),
     "ALiBi, top left": case(4, 9, causal=True, alignment="top_left", operands={"alibi_slopes": torch.rand(4)}),
@@ -117,10 +127,10 @@ NAMED: dict[str, Case] = {
     "deterministic": case(7, 7, deterministic=True),
 }
 TAKES = {
-    2: set(NAMED) - {n for n in NAMED if "sink" in n},
-    3: {n for n in NAMED if "sink" not in n and "ALiBi" not in n},
+    2: set(NAMED),
+    3: {n for n in NAMED if "ALiBi" not in n},
+    4: {n for n in NAMED if "ALiBi" not in n},
 }
-TAKES[4] = {n for n in NAMED if "ALiBi" not in n}
 
 
 @pytest.mark.parametrize(("number", "name"), [(n, name) for n, names in TAKES.items() for name in sorted(names)])
@@ -128,6 +138,25 @@ def test_by_name(number: int, name: str) -> None:
     named = NAMED[name]
     assert taken(number, NEWEST[number], named)
     assert_agrees(named, run(number, NEWEST[number], named))
+
+
+def copied(call: Callable[[], Tensor]) -> Tensor:
+    """What is saved for the backward is a copy, as where activations are offloaded."""
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
+        return call()
+
+
+@pytest.mark.parametrize("how", [copied, partial(checkpoint, use_reentrant=False)], ids=["copied", "checkpoint"])
+@pytest.mark.parametrize("number", GENERATIONS)
+@pytest.mark.parametrize("learned", [True, False])
+def test_sinks_where_saved_tensors_are_handled_by_others(number: int, learned: bool, how: Any) -> None:
+    asked = case(9, 4, causal=True, return_lse=False, operands={"sinks": torch.randn(4, requires_grad=learned)})
+    request, here = asked.request(), replace(machine(number, NEWEST[number]), device_type="cpu")
+    run_it = GENERATIONS[number].adapter().prepare(request, here, standin.library(number, NEWEST[number]))
+    leaves = asked.leaves()
+    plain = gradients(asked, run_it(asked.q, asked.k, asked.v, asked.operands), leaves)
+    handled = gradients(asked, how(lambda: run_it(asked.q, asked.k, asked.v, asked.operands)), leaves)
+    assert all(torch.equal(x, handled[name]) for name, x in plain.items())
 
 
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])

@@ -19,6 +19,7 @@ from attnrt.backends.base import Reason, reasons
 from attnrt.backends.flash_attn import FlashAttention, FlashAttention2, FlashAttention3, FlashAttention4, discovery
 from attnrt.backends.flash_attn.fatbin import Target, targets
 from attnrt.environment import Environment, _installed
+from attnrt.matrix import rule_ids
 from attnrt.request import AttentionRequest
 
 REQUEST = AttentionRequest.from_shape(batch=1, heads_q=4, seqlen_q=128, head_dim=64, causal=True)
@@ -37,6 +38,7 @@ def said(number: int, arch: str = "sm90") -> Reason:
     backend, there = GENERATIONS[number], here(number, arch)
     found = reasons(backend.all_rules, REQUEST, there) or backend.answer(REQUEST, there)
     assert len(found) == 1, found
+    assert found[0].rule in rule_ids(), "docs/rules.md lists it"
     return found[0]
 
 
@@ -161,9 +163,11 @@ LACKS = b"This flash attention build does not support headdim not being a multip
     ("asked", "without"),
     [
         ({"head_dim": 64}, ()),
-        ({"head_dim": 128}, ("the forward for head_dim 128 in bf16", "the split forward for head_dim 128")),
+        ({"head_dim": 128}, ("the forward and the split forward for head_dim 128 in bf16",)),
+        ({"head_dim": 96}, ("the forward and the split forward for head_dim 96 in bf16",)),
+        ({"head_dim": 160}, ("the forward and the split forward for head_dim 192 in bf16, which head_dim 160 takes",)),
         ({"head_dim": 64, "dtype": "fp16", "padded": "kv"}, ("the split forward for head_dim 64 in fp16",)),
-        ({"head_dim": 64, "training": True}, ("the backward for head_dim 64 in bf16, which head_dim 64 takes",)),
+        ({"head_dim": 64, "training": True}, ("the backward for head_dim 64 in bf16",)),
         ({"head_dim": 40}, ("head dims that are not a multiple of 32",)),
     ],
 )
