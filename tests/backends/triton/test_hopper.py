@@ -42,9 +42,10 @@ class Variant(NamedTuple):
     lengths: str = "fixed"
 
 
-VARIANTS = [v for v in itertools.starmap(Variant, itertools.product(hopper.TILES, ("bf16", "fp16"), (False, True)))
+DIMS = tuple(hopper.hopper_tiles())
+VARIANTS = [v for v in itertools.starmap(Variant, itertools.product(DIMS, ("bf16", "fp16"), (False, True)))
             if not (v.dim == 256 and v.left)]  # fmt: skip
-VARIANTS += [Variant(*v) for v in itertools.product(hopper.TILES, ("bf16",), (False,), ("padded", "packed"))]
+VARIANTS += [Variant(*v) for v in itertools.product(DIMS, ("bf16",), (False,), ("padded", "packed"))]
 
 
 class Compiled(NamedTuple):
@@ -60,7 +61,7 @@ def compile_for_sm90(variant: Variant) -> Compiled:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    tile, names = hopper.TILES[variant.dim], hopper_kernel.forward.arg_names
+    tile, names = hopper.hopper_tiles()[variant.dim], hopper_kernel.forward.arg_names
     dtype = gl.bfloat16 if variant.dtype == "bf16" else gl.float16
 
     def descriptor(rows: int) -> str:
@@ -274,7 +275,7 @@ def emulate(r: AttentionRequest, q: Any, k: Any, v: Any, how: Launch, lengths: A
     order = (tiles, pairs, how.section, r.heads_q)
     pointers = tuple(None if x is None else Pointer(x) for x in lengths)
     bounds = (*pointers, r.seqlen_q, r.seqlen_kv, r.left or 0, right, shift)
-    dim, block_n = r.head_dim_qk, hopper.TILES[r.head_dim_qk].block_n
+    dim, block_n = r.head_dim_qk, hopper.hopper_tiles()[r.head_dim_qk].block_n
     out, lse = torch.full_like(q, math.nan), torch.full(q.shape[:-1], math.nan)
     programs = how.programs if lengths[0] is None else tiles * pairs
     stages, queries = how.stages, how.queries
@@ -381,7 +382,6 @@ def test_protocol_and_numerics(seed: int) -> None:
         batch=draw.choice([1, 2]), heads_q=heads_kv * draw.choice([1, 2, 3]), heads_kv=heads_kv, seqlen_q=seqlen_q,
         seqlen_kv=kv, head_dim=dim, layout="bhsd", return_lse=True, **band,
     )  # fmt: skip
-    assert hopper.takes(r)
     q = torch.randn(r.batch, r.heads_q, seqlen_q, dim).bfloat16()
     k, v = (torch.randn(r.batch, heads_kv, kv, dim).bfloat16() for _ in range(2))
     agree(*emulate(r, q, k, v, draw_launch(draw)), *reference(r, q, k, v))
@@ -403,7 +403,6 @@ def test_lengths_of_their_own(seed: int, packed: bool) -> None:
         batch=batch, heads_q=heads_kv * draw.choice([1, 3]), heads_kv=heads_kv, seqlen_q=room[0], seqlen_kv=room[1],
         head_dim=dim, layout="thd" if packed else "bhsd", packed=packed, padded=not packed, return_lse=True, **band,
     )  # fmt: skip
-    assert hopper.takes(r)
     heads = (r.heads_q, heads_kv, heads_kv)
     if packed:
         starts = [[sum(x[:i]) for i in range(batch + 1)] for x in given]
