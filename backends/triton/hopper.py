@@ -45,6 +45,7 @@ def launch(
     request: AttentionRequest,
     lengths: tuple[Tensor | None, Tensor | None] = (None, None),
     persistent: bool | None = None,
+    folded: bool | None = None,
     ping_pong: bool = True,
     launch: Any = launch_kernel,
 ) -> None:
@@ -53,16 +54,19 @@ def launch(
     lengths: (B,) int32 of queries and keys in a padded batch, or (B + 1,) offsets of a packed one.
     persistent: one program per multiprocessor takes tile after tile, so that loads for the next run ahead; or one
     program per tile, which the hardware hands out as others finish, and sequences of their own lengths always have.
-    None: as configs/triton/hopper.yaml has it.
+    folded: persistent programs take a long tile and a short one in turn. None: as configs/triton/hopper.yaml has it.
     ping_pong: the consumers take turns at the matrix units. launch: starts a kernel: (kernel, grid, *args, **options).
     """
     r = request
     tile, tiles, pairs = hopper_tiles()[r.head_dim_qk], -(-r.seqlen_q // BLOCK_M.value), r.batch * r.heads_q
     if persistent is None:
         persistent = hopper_has("persistent", r)
+    if folded is None:
+        folded = hopper_has("folded", r)
     programs = tiles * pairs
     if persistent and lengths[0] is None:
         programs = min(programs, _multiprocessors(q.device))
+    folded = folded and programs < tiles * pairs and tiles % 2 == 0
     shift = int(r.alignment == "bottom_right") * (r.seqlen_kv - r.seqlen_q if lengths == (None, None) else 1)
     strides = (0, out.stride(1), out.stride(0)) if r.packed else tuple(out.stride(a) for a in AXES[r.layout])
     operands = ((q, ROWS.value), (k, tile.block_n), (v, tile.block_n), (out, ROWS.value))
@@ -73,7 +77,7 @@ def launch(
         *(out, lse, *lengths),
         *(r.scale * LOG2E.value, r.left or 0, UNBOUNDED if r.right is None else r.right),
         *(shift, r.heads_q, r.group, r.seqlen_q, r.seqlen_kv),
-        *(*strides, q.shape[0] if r.packed else r.seqlen_q, tiles, pairs, min(pairs, section(r, r.group))),
+        *(*strides, q.shape[0] if r.packed else r.seqlen_q, tiles, pairs, min(pairs, section(r, r.group)), int(folded)),
         D=r.head_dim_qk,
         BLOCK_N=tile.block_n,
         STAGES=tile.stages,

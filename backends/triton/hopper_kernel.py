@@ -59,12 +59,19 @@ BLOCK_M = tl.constexpr(128)
 
 @gluon.jit()
 def place(index, order):
-    """Tile number `index` in the order of scores.place: (first row, batch entry, head)."""
-    tiles, pairs, section, heads = order
-    first = index // (section * tiles) * section
+    """Tile number `index` in the order of scores.place: (first row, batch entry, head). Folded: a program's turns come
+    in twos, the tile so far from the end and then the one so far from the start, which under a causal mask have equally
+    many keys together, whichever they are."""
+    tiles, pairs, section, heads, folded = order
+    turn = index // gl.num_programs(0)
+    item = index - folded * (turn - turn // 2) * gl.num_programs(0)
+    levels = tiles >> folded
+    first = item // (section * levels) * section
     width = gl.minimum(section, pairs - first)
-    within = index - first * tiles
-    tile = tiles - 1 - within // width  # under a causal mask the last are the longest, and go first
+    within = item - first * levels
+    level = within // width
+    tile = tiles - 1 - level  # under a causal mask the last are the longest, and go first
+    tile -= folded * (turn % 2) * (tile - level)
     pair = first + within % width
     return tile * BLOCK_M, pair // heads, pair % heads
 
@@ -72,9 +79,11 @@ def place(index, order):
 @gluon.jit()
 def tiles_of_program(order, lengths):
     """Every so many-th tile; where sequences have lengths of their own, too unlike to be dealt out beforehand, one."""
+    tiles, pairs, _, _, folded = order
     first = gl.program_id(0)
-    stop = order[0] * order[1]
     stride = gl.num_programs(0)
+    stop = (tiles >> folded) * pairs
+    stop += folded * (first + 2 * ((stop - first + stride - 1) // stride) * stride - stop)
     if lengths[0] is not None:
         stop = first + 1
         stride = 1
@@ -439,18 +448,18 @@ def blank_tile(OUT, LSE, strides, lse_head, heads, b, h, first, D: gl.constexpr)
 @gluon.jit(
     do_not_specialize=[
         "left", "right", "shift", "heads", "group", "seqlen_q", "seqlen_kv", "out_batch", "out_head", "out_row",
-        "lse_head", "tiles", "pairs", "section",
+        "lse_head", "tiles", "pairs", "section", "folded",
     ]
 )  # fmt: skip
 def forward(
     Q, K, V, O, OUT, LSE, LENGTHS_Q, LENGTHS_KV, scale, left, right, shift, heads, group, seqlen_q, seqlen_kv,
-    out_batch, out_head, out_row, lse_head, tiles, pairs, section,
+    out_batch, out_head, out_row, lse_head, tiles, pairs, section, folded,
     D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, QUERIES: gl.constexpr, LEFT: gl.constexpr,
     PACKED: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """Q, K, V, O: descriptors of (B, H, S, D), and O's pointer OUT with its strides. LSE: float32, `lse_head` rows a
     head, or None. LENGTHS: (B,) or, PACKED, offsets (B + 1,), or None. scale: with log2 e in it. shift: of query 0
-    against key 0, or, with LENGTHS, 1 for bottom-right alignment."""
+    against key 0, or, with LENGTHS, 1 for bottom-right alignment. folded: 1 or 0, see `place`; 1 wants even `tiles`."""
     shared = (
         gl.allocate_shared_memory(Q.dtype, [2 * QUERIES, 1, 1, ROWS, D], Q.layout),
         gl.allocate_shared_memory(K.dtype, [STAGES, 1, 1, BLOCK_N, D], K.layout),
@@ -478,7 +487,7 @@ def forward(
         mbarrier.init(turns.index(c), count=1)
     fence_async_shared()
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
-    order = (tiles, pairs, section, heads)
+    order = (tiles, pairs, section, heads, folded)
     lengths = (LENGTHS_Q, LENGTHS_KV, seqlen_q, seqlen_kv, left, right, shift)
     strides = (out_batch, out_head, out_row)
     writes = (O, OUT, LSE, strides, lse_head, scale)

@@ -87,8 +87,8 @@ def hopper_tiles() -> dict[int, HopperTile]:
 
 
 def hopper_has(question: str, request: AttentionRequest) -> bool:
-    """`question`: "queries" (the Hopper forward is the faster one for this call) or "persistent"; of configs/triton/
-    hopper.yaml, which says what they mean. False for a head dim that it does not have."""
+    """`question`: "queries" (the Hopper forward is the faster one for this call), "persistent" or "folded"; of
+    configs/triton/hopper.yaml, which says what they mean. False for a head dim that it does not have."""
     r = request
     kind = (
         "own" if r.padded or r.packed else "window" if r.left is not None else "full" if r.right is None else "causal"

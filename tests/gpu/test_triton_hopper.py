@@ -54,6 +54,7 @@ MODES: tuple[dict[str, Any], ...] = (
     {"persistent": True},
     {"persistent": True, "ping_pong": False},
     {"persistent": False, "ping_pong": False},
+    {"persistent": True, "folded": True},
 )
 """Ways to launch it, of which the first is the one that calls get."""
 
@@ -241,7 +242,7 @@ def benchmark(dims: tuple[int, ...] = (64, 128, 256), lengths: tuple[int, ...] =
 
     print(torch.cuda.get_device_name(), torch.__version__, "| TFLOP/s, and ours over the best of PyTorch's")
     print(
-        f"{'':24}{'cudnn':>8}{'flash':>8}{'chosen':>8}{'tiles':>8}{'persist':>8}{'pers-pp':>8}{'tile-pp':>8}{'ratio':>8}"
+        f"{'':24}{'cudnn':>8}{'flash':>8}{'chosen':>8}{'tiles':>8}{'persist':>8}{'pers-pp':>8}{'tile-pp':>8}{'folded':>8}{'ratio':>8}"
     )
     for dim in dims:
         for causal in (False, True):

@@ -262,6 +262,7 @@ class Launch(NamedTuple):
     stages: int
     queries: int = 1
     ping_pong: bool = False
+    folded: bool = False
 
 
 def emulate(r: AttentionRequest, q: Any, k: Any, v: Any, how: Launch, lengths: Any = (None, None)) -> Any:
@@ -272,12 +273,12 @@ def emulate(r: AttentionRequest, q: Any, k: Any, v: Any, how: Launch, lengths: A
     if lengths == (None, None):
         shift *= r.seqlen_kv - r.seqlen_q
     right = hopper.UNBOUNDED if r.right is None else r.right
-    order = (tiles, pairs, how.section, r.heads_q)
+    programs = how.programs if lengths[0] is None else tiles * pairs
+    order = (tiles, pairs, how.section, r.heads_q, int(how.folded and tiles % 2 == 0 and programs < tiles * pairs))
     pointers = tuple(None if x is None else Pointer(x) for x in lengths)
     bounds = (*pointers, r.seqlen_q, r.seqlen_kv, r.left or 0, right, shift)
     dim, block_n = r.head_dim_qk, hopper.hopper_tiles()[r.head_dim_qk].block_n
     out, lse = torch.full_like(q, math.nan), torch.full(q.shape[:-1], math.nan)
-    programs = how.programs if lengths[0] is None else tiles * pairs
     stages, queries = how.stages, how.queries
     products = Products()
     layouts = dict.fromkeys(
@@ -360,7 +361,7 @@ def agree(out: Any, lse: Any, want: Any, want_lse: Any) -> None:
 def draw_launch(draw: random.Random) -> Launch:
     return Launch(
         draw.choice([1, 2, 5]), draw.choice([1, 2, 7]), draw.choice([2, 3, 4]), draw.choice([1, 2]),
-        draw.random() < 0.5,
+        draw.random() < 0.5, draw.random() < 0.5,
     )  # fmt: skip
 
 
