@@ -294,6 +294,16 @@ def _backward_pass(plan: Plan, launch: Any, tensors: Sequence[Any]) -> None:
         **{n: plan.constants[n] for n in ("DIM_V", "BLOCK_V", "PACKED")},
         num_warps=4,
     )
+    if r.dtype == "fp32" and (dq is not None or dk is not None or dbias is not None):
+        tile = plan.tiles["dq"]
+        tiles = -(-r.seqlen_q // tile.block_m)
+        launch(
+            passes.balance,
+            (tiles * pairs,),
+            *(q_, k_, v_, dout, *stats, sinks, *rest, *sizes, tiles, pairs, min(pairs, section(r, r.group))),
+            LONGEST_FIRST=plan.longest_first,
+            **plan.options("dq"),
+        )
     if dk is not None:
         tile = plan.tiles["dkdv"]
         tiles = -(-r.seqlen_kv // tile.block_n)

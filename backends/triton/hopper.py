@@ -77,7 +77,7 @@ def launch(
         *(out, lse, *lengths),
         *(r.scale * LOG2E.value, r.left or 0, UNBOUNDED if r.right is None else r.right),
         *(shift, r.heads_q, r.group, r.seqlen_q, r.seqlen_kv),
-        *(*strides, q.shape[0] if r.packed else r.seqlen_q, tiles, pairs, min(pairs, section(r, r.group)), int(folded)),
+        *(*strides, q.shape[0] if r.packed else r.seqlen_q, tiles, pairs, min(pairs, section(r, r.group))),
         D=r.head_dim_qk,
         BLOCK_N=tile.block_n,
         STAGES=tile.stages,
@@ -85,6 +85,7 @@ def launch(
         LEFT=r.left is not None,
         PACKED=r.packed,
         PING_PONG=ping_pong,
+        FOLDED=folded,
         num_warps=WARPS,
     )
 

@@ -221,6 +221,20 @@ def test_small_softcap_in_float32(dim: int) -> None:
             check(case, run(case, tile=TILES[0]))
 
 
+@pytest.mark.parametrize("number", range(20))
+def test_few_keys_in_float32(number: int) -> None:
+    """dP - delta cancels, exactly where there is one key: dq and dk then keep to the bar of everything else."""
+    torch.manual_seed(number)
+    lengths_q, lengths_kv = (1, 3, 9, 40)[number % 4], (1, 2, 5, 17)[number // 4 % 4]
+    q, k, v = (torch.randn(1, 1, n, (64, 256)[number % 2]) for n in (lengths_q, lengths_kv, lengths_kv))
+    sinks = Operands(sinks=torch.randn(1).requires_grad_()) if number % 5 == 4 else Operands()
+    options = {"scale": (0.7, -0.3, None)[number % 3], "return_lse": True}
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    case = Case(*leaves, "bhsd", sinks, torch.randn_like(q), options)
+    with emulation.dots_in_order():
+        check(case, run(case, tile=TILES[number % 3]))
+
+
 @triton.jit
 def products(a, b, out, SIZE: tl.constexpr, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
     rows, dims = tl.arange(0, SIZE)[:, None], tl.arange(0, DIM)[None, :]

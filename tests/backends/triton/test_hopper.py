@@ -40,12 +40,14 @@ class Variant(NamedTuple):
     dtype: str
     left: bool
     lengths: str = "fixed"
+    folded: bool = False
 
 
 DIMS = tuple(hopper.hopper_tiles())
 VARIANTS = [v for v in itertools.starmap(Variant, itertools.product(DIMS, ("bf16", "fp16"), (False, True)))
             if not (v.dim == 256 and v.left)]  # fmt: skip
 VARIANTS += [Variant(*v) for v in itertools.product(DIMS, ("bf16",), (False,), ("padded", "packed"))]
+VARIANTS += [Variant(dim, "bf16", False, folded=True) for dim in DIMS]
 
 
 class Compiled(NamedTuple):
@@ -72,7 +74,12 @@ def compile_for_sm90(variant: Variant) -> Compiled:
     types = {("O" if n == "OUT" else n): t for n, t in types.items()}
     types |= {"OUT": f"*{variant.dtype}", "LSE": "*fp32", "scale": "fp32"}
     constants = {"D": variant.dim, "BLOCK_N": tile.block_n, "STAGES": tile.stages, "QUERIES": tile.queries}
-    constants |= {"LEFT": variant.left, "PACKED": variant.lengths == "packed", "PING_PONG": PING_PONG}
+    constants |= {
+        "LEFT": variant.left,
+        "PACKED": variant.lengths == "packed",
+        "PING_PONG": PING_PONG,
+        "FOLDED": variant.folded,
+    }
     lengths = ("LENGTHS_Q", "LENGTHS_KV")
     if variant.lengths == "fixed":
         constants |= dict.fromkeys(lengths)
@@ -274,7 +281,8 @@ def emulate(r: AttentionRequest, q: Any, k: Any, v: Any, how: Launch, lengths: A
         shift *= r.seqlen_kv - r.seqlen_q
     right = hopper.UNBOUNDED if r.right is None else r.right
     programs = how.programs if lengths[0] is None else tiles * pairs
-    order = (tiles, pairs, how.section, r.heads_q, int(how.folded and tiles % 2 == 0 and programs < tiles * pairs))
+    order = (tiles, pairs, how.section, r.heads_q)
+    folded = how.folded and tiles % 2 == 0 and programs < tiles * pairs
     pointers = tuple(None if x is None else Pointer(x) for x in lengths)
     bounds = (*pointers, r.seqlen_q, r.seqlen_kv, r.left or 0, right, shift)
     dim, block_n = r.head_dim_qk, hopper.hopper_tiles()[r.head_dim_qk].block_n
@@ -318,8 +326,8 @@ def emulate(r: AttentionRequest, q: Any, k: Any, v: Any, how: Launch, lengths: A
         constants = (dim, block_n, stages, queries, r.left is not None, r.packed)
         strides = tuple(out.stride()[:3])
         writes = (out, Pointer(out.view(-1)), Pointer(lse.view(-1)), strides, q.shape[2], r.scale * math.log2(math.e))
-        calls = [("producer", (q, k, v, *rest, r.group, *constants))]
-        calls += [("consumer", (writes, *rest, who, *constants, how.ping_pong)) for who in (0, 1)]
+        calls = [("producer", (q, k, v, *rest, r.group, *constants, folded))]
+        calls += [("consumer", (writes, *rest, who, *constants, how.ping_pong, folded)) for who in (0, 1)]
         errors: list[BaseException] = []
 
         def guarded(name: str, args: tuple[Any, ...], world: Any = world, errors: Any = errors) -> None:
@@ -435,5 +443,6 @@ if __name__ == "__main__":
     print(f"triton {triton.__version__}: the Hopper forward on sm90, {hopper.WARPS} warps * 3")
     for each in VARIANTS:
         c = compile_for_sm90(each)
-        name = f"D={each.dim} {each.dtype} {each.lengths}{' window' if each.left else ''}"
+        kind = " window" if each.left else " folded" if each.folded else ""
+        name = f"D={each.dim} {each.dtype} {each.lengths}{kind}"
         print(f"{name:20} {c.registers} regs {c.stack} B stack {c.shared:6} B shared")
