@@ -417,13 +417,14 @@ def test_runs_are_identical() -> None:
 # --- Tuning ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["plain", "varied"])
+@pytest.mark.parametrize("kind", ["plain", "varied", "tf32"])
 def test_tuning_compares_answers_and_times(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """benchmarks/tune_triton.py on small calls: a tile that gives the answer is timed, one that does not is dropped."""
     path = Path(__file__).resolve().parents[3] / "benchmarks" / "tune_triton.py"
     spec = importlib.util.spec_from_file_location("attnrt_tune_triton", path)
     assert spec is not None and spec.loader is not None
     monkeypatch.setitem(sys.modules, spec.name, tune := importlib.util.module_from_spec(spec))
+    monkeypatch.syspath_prepend(path.parent)  # it imports from there
     spec.loader.exec_module(tune)
     small = {"DEVICE": "cpu", "WIDTH": 32, "LENGTH": 40, "BATCH": 1, "LENGTHS": (17, 40)}
     for name, value in small.items():
@@ -431,8 +432,10 @@ def test_tuning_compares_answers_and_times(kind: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(tune, "median_ms", lambda call: float(len(call())))
     for name in tune.CANDIDATES:
         row, truth = tune.Row(16, kind, name), {}
-        first = tune.time_candidate(row, None, truth)
+        first = tune.time_candidate(row, None, truth, {})
         assert set(first.ms) == set(tune.TIMED[kind]) == set(truth), first.dropped
-        assert tune.time_candidate(row, TILES[0], truth).ms == first.ms
+        assert tune.time_candidate(row, TILES[0], truth, first.ms).ms == first.ms
         wrong = {call: tuple(x + 1 for x in parts) for call, parts in truth.items()}
-        assert tune.time_candidate(row, TILES[0], wrong).dropped.startswith("WRONG")
+        assert tune.time_candidate(row, TILES[0], wrong, first.ms).dropped.startswith("WRONG")
+        fast = dict.fromkeys(first.ms, 0.1)
+        assert tune.time_candidate(row, TILES[0], truth, fast).dropped.startswith("slow")
