@@ -1,13 +1,14 @@
 """How fast our Triton kernel is beside the vendors' kernels that PyTorch carries, on the GPU that is here, in one run.
 
-    PYTHONPATH=. python benchmarks/kernels.py [--quick] [--only forward|backward|decode] [--out gpu-results/kernels]
+    PYTHONPATH=. python benchmarks/kernels.py [--quick] [--only forward backward decode] [--head-dim 128]
+    PYTHONPATH=. python benchmarks/kernel_rows.py gpu-results/kernels/results.json --write docs/h200.md
 
-bf16, median of triton's do_bench (L2 flushed before every call), forward and backward by themselves. Work is counted
-the usual way: 4 B Hq Sq Skv D flops forward, half of it under a causal mask, the visible part under a window, 2.5 times
-as much backward. Decode is judged by bytes: every key and value read once, against a copy measured in the same run; its
-time is the device's, from CUDA graphs, which is how decoding is run.
-Prints a table and one line for each bar that the kernel has to clear; writes results.json (after every shape, so a run
-that is cut short is not lost) and a plot for each direction.
+bf16, median time, L2 flushed before every call and the host ahead of the GPU, forward and backward by themselves. Work
+is counted the usual way: 4 B Hq Sq Skv D flops forward, half of it under a causal mask, the visible part under a
+window, 2.5 times as much backward. Decode is judged by bytes: every key and value read once, against a copy measured in
+the same run; its time is the device's, from CUDA graphs, which is how decoding is run.
+Our kernels are compiled first, all at a time. Prints a table and one line for each bar that the kernel has to clear;
+writes results.json (after every shape, so a run that is cut short is not lost) and a plot for each direction.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
@@ -28,7 +29,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from compiling import compile_ahead
 from gpu import versions
+from kernel_rows import Row, Shape, bars, plot, title_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -37,6 +40,7 @@ from attnrt.backends.torch_sdpa import TorchSDPA
 from attnrt.backends.triton import TritonBackend
 from attnrt.environment import Environment
 from attnrt.operands import NO_OPERANDS, Operands, bind
+from attnrt.request import AttentionRequest
 
 Prepare = Callable[[], Callable[[], Tensor]]
 DEVICE = "cuda"
@@ -46,66 +50,8 @@ WIDTH = 2048
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 WINDOW = 1024
 PINNED = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-SLACK = 1.5
-"""With a window or packing, the time for a unit of work may be this many times that of a plain causal call."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One call. `lengths`: of packed sequences; seqlen_q is then the longest."""
-
-    kind: str
-    batch: int
-    heads_q: int
-    heads_kv: int
-    seqlen_q: int
-    seqlen_kv: int
-    dim: int
-    causal: bool = False
-    window: int | None = None
-    lengths: tuple[int, ...] = ()
-
-    @property
-    def pairs(self) -> float:
-        """Pairs of query and key that count as work, over the batch, for one head."""
-        spans = [(n, n) for n in self.lengths] or [(self.seqlen_q, self.seqlen_kv)] * self.batch
-        if self.window is not None:
-            return sum(q * min(kv, self.window + 1) for q, kv in spans)
-        return sum(q * kv for q, kv in spans) / (2 if self.causal else 1)
-
-    @property
-    def flops(self) -> float:
-        """Of the forward."""
-        return 4 * self.heads_q * self.dim * self.pairs
-
-    @property
-    def bytes(self) -> int:
-        """Read and written at least once by a forward in bf16."""
-        queries, keys = (sum(self.lengths) or self.batch * n for n in (self.seqlen_q, self.seqlen_kv))
-        return 2 * 2 * self.dim * (queries * self.heads_q + keys * self.heads_kv)
-
-    def __str__(self) -> str:
-        heads = "MHA" if self.heads_q == self.heads_kv else f"GQA {self.heads_q // self.heads_kv}:1"
-        mask = f"window {self.window}" if self.window else "causal" if self.causal else "full"
-        length = f"{self.seqlen_q}" if self.seqlen_q == self.seqlen_kv else f"{self.seqlen_q}/{self.seqlen_kv}"
-        packed = f" packed x{len(self.lengths)}" if self.lengths else ""
-        return f"d{self.dim:<3} {heads:7} {mask:11} B{self.batch:<2} S {length}{packed}"
-
-
-@dataclass
-class Row:
-    """One kernel on one shape in one direction."""
-
-    shape: Shape
-    direction: str
-    kernel: str
-    ms: float | None = None
-    tflops: float | None = None
-    gbs: float | None = None
-    """GB/s of `Shape.bytes`."""
-    ratio: float | None = None
-    """Speed over that of the best vendor kernel."""
-    error: str | None = None
+SPEED_RULES = {"TRITON_HOPPER_SLOWER"}
+"""That refuse what a kernel can do: here it is timed, so that they can be set."""
 
 
 # --- Shapes ------------------------------------------------------------------------------------------------------
@@ -176,23 +122,30 @@ def tensors(shape: Shape, training: bool) -> tuple[list[Tensor], Operands, str]:
 
 
 def ours() -> dict[str, Kernel]:
-    """By the label in the table: every kernel that the backend picks among."""
-    kernels = TritonBackend().kernels
-    return {"triton" if len(kernels) == 1 else f"triton[{k.name}]": k for k in kernels}
+    """By the label in the table: every kernel that the backend picks among, in its order."""
+    return {f"triton[{k.name}]": k for k in TritonBackend().kernels}
+
+
+def asked(shape: Shape, qkv: list[Tensor], operands: Operands, layout: str) -> AttentionRequest:
+    longest = shape.seqlen_q if shape.lengths else None
+    return bind(
+        *qkv, operands, layout=layout, causal=shape.causal, alignment="top_left" if shape.causal else None,
+        window=None if shape.window is None else (shape.window, 0), softcap=None, dropout_p=0.0, scale=None,
+        max_seqlen_q=longest, max_seqlen_kv=longest, deterministic=False, return_lse=False,
+    )  # fmt: skip
+
+
+def taking(request: AttentionRequest) -> str | None:
+    """The label of the kernel that the backend runs."""
+    return next((n for n, k in ours().items() if not reasons(k.all_rules, request, environment())), None)
 
 
 def calls(shape: Shape, qkv: list[Tensor], operands: Operands, layout: str) -> dict[str, Prepare]:
-    """By label, what prepares a call; preparing or calling raises where a kernel does not take it."""
+    """By label, what prepares a call; preparing or calling raises where a kernel fails. Ours only where they can run;
+    of the backward, which they share, only the portable one's."""
+    request = asked(shape, qkv, operands, layout)
 
     def prepared(kernel: Kernel) -> Callable[[], Tensor]:
-        longest = shape.seqlen_q if shape.lengths else None
-        request = bind(
-            *qkv, operands, layout=layout, causal=shape.causal, alignment="top_left" if shape.causal else None,
-            window=None if shape.window is None else (shape.window, 0), softcap=None, dropout_p=0.0, scale=None,
-            max_seqlen_q=longest, max_seqlen_kv=longest, deterministic=False, return_lse=False,
-        )  # fmt: skip
-        if refused := reasons(kernel.all_rules, request, environment()):
-            raise RuntimeError("; ".join(r.message for r in refused))
         run = kernel.prepare(request, environment())
         return lambda: run(*qkv, operands)
 
@@ -204,7 +157,12 @@ def calls(shape: Shape, qkv: list[Tensor], operands: Operands, layout: str) -> d
 
         return call
 
-    made = {name: partial(prepared, kernel) for name, kernel in ours().items()}
+    made: dict[str, Prepare] = {}
+    for name, kernel in ours().items():
+        refused = {r.id for r in reasons(kernel.all_rules, request, environment())} - SPEED_RULES
+        wanted = name == "triton[decode]" if shape.kind == "decode" else name != "triton[decode]"
+        if wanted and not refused and not (request.needs_grad and name == "triton[hopper]"):
+            made[name] = partial(prepared, kernel)
     if shape.window is None and not shape.lengths:
         made |= {name: partial(pinned, backend) for name, backend in PINNED.items()}
     else:  # PyTorch's flash kernel takes these, but not by way of SDPA
@@ -212,13 +170,50 @@ def calls(shape: Shape, qkv: list[Tensor], operands: Operands, layout: str) -> d
     return made
 
 
+def described(shape: Shape, direction: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What is to be compiled for it, as compiling.compile_call takes it. Lengths and heads do not matter."""
+    if shape.kind == "decode":
+        sizes = {"heads": (shape.heads_q, shape.heads_kv), "batch": 1, "seqlen_q": 1}
+        for keys in (512, 8192):  # one split, and several
+            yield "decode", {"dims": (shape.dim,) * 2, "training": False, "layout": "bhsd", "seqlen_kv": keys, **sizes}
+        return
+    options: dict[str, Any] = {"dims": (shape.dim,) * 2, "training": direction == "backward", "layout": "bhsd"}
+    options |= {"return_lse": False, "alignment": "top_left" if shape.causal else None, "causal": shape.causal}
+    if shape.window is not None:
+        options["window"] = (shape.window, 0)
+    if shape.lengths:
+        options |= {"layout": "thd", "operands": ("cu_seqlens",)}
+    yield "portable", options
+    windowed = shape.window is not None and shape.dim == 256
+    if direction == "forward" and not windowed and environment().sm is not None and environment().sm // 10 == 9:
+        yield "hopper", options
+
+
 # --- Timing ------------------------------------------------------------------------------------------------------
 
 
-def median_ms(call: Callable[[], Any]) -> float:
-    from triton.testing import do_bench
+@cache
+def _flush() -> Tensor:
+    return torch.empty(256 << 20, dtype=torch.int8, device=DEVICE)
 
-    return float(do_bench(call, warmup=15, rep=60, return_mode="median"))
+
+def median_ms(call: Callable[[], Any], wanted: float = 40.0) -> float:
+    """Of as many calls as take `wanted` ms, 3 to 60, each after a write over the L2. The GPU sleeps a little before, so
+    that what the host does for a call (autograd most of all) is done when its turn comes."""
+
+    def timed(count: int) -> list[float]:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        for start, end in events:
+            _flush().zero_()
+            torch.cuda._sleep(500_000)  # cycles: 0.3 ms
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in events]
+
+    first = min(timed(2))
+    return statistics.median(timed(min(60, max(3, int(wanted / first)))))
 
 
 def device_ms(call: Callable[[], Any]) -> float:
@@ -245,7 +240,7 @@ def device_ms(call: Callable[[], Any]) -> float:
 
     both, alone = graph(read, call), graph(read)
     spent: dict[Any, list[float]] = {both: [], alone: []}
-    for _ in range(30):
+    for _ in range(20):
         for replay, times in spent.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -274,12 +269,13 @@ def measure(shape: Shape, direction: str) -> list[Row]:
     training = direction == "backward"
     inputs, operands, layout = tensors(shape, training)
     made = calls(shape, inputs, operands, layout)
+    pick = "triton[portable]" if training else taking(asked(shape, inputs, operands, layout))
     cotangent = torch.randn_like(inputs[0]) if training else None
     rows: list[Row] = []
     truth: list[Tensor] = []
     with torch.set_grad_enabled(training):
         for name, prepare in reversed(made.items()):  # the vendors first: their answers check ours
-            row = Row(shape, direction, name)
+            row = Row(shape, direction, name, chosen=name == pick)
             rows.insert(0, row)
             call: Callable[[], Any]
             out: Any = None
@@ -297,7 +293,7 @@ def measure(shape: Shape, direction: str) -> list[Row]:
                 row.gbs = shape.bytes / row.ms / 1e6
             except Exception as error:  # a kernel that cannot, or a launch that fails: the others still count
                 row.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:300]
-    best = min((r.ms for r in rows if r.ms and not r.kernel.startswith("triton")), default=None)
+    best = min((r.ms for r in rows if r.ms and not r.ours), default=None)
     for row in rows:
         row.ratio = best / row.ms if best and row.ms else None
     return rows
@@ -317,192 +313,44 @@ def _check(found: Sequence[Tensor], truth: Sequence[Tensor]) -> None:
 def show(rows: list[Row], bandwidth: float) -> str:
     parts = []
     for row in rows:
+        star = "*" if row.chosen else ""
         if row.ms is None:
             parts.append(f"{row.kernel} -")
         elif row.shape.kind == "decode":
             share = row.gbs / bandwidth  # type: ignore[operator]
-            parts.append(f"{row.kernel} {row.ms * 1e3:.0f} us {row.gbs:.0f} GB/s ({share:.2f} of copy)")
+            parts.append(f"{row.kernel}{star} {row.ms * 1e3:.0f} us {row.gbs:.0f} GB/s ({share:.2f} of copy)")
         else:
-            parts.append(f"{row.kernel} {row.tflops:.0f}" + (f" ({row.ratio:.2f})" if row.ratio else ""))
+            parts.append(f"{row.kernel}{star} {row.tflops:.0f}" + (f" ({row.ratio:.2f})" if row.ratio else ""))
     line = f"{rows[0].direction:8} {rows[0].shape!s:42} " + "  ".join(parts)
-    errors = [f"\n    {r.kernel}: {r.error}" for r in rows if r.error and r.kernel.startswith("triton")]
+    errors = [f"\n    {r.kernel}: {r.error}" for r in rows if r.error and r.ours]
     return line + "".join(errors)
 
 
-@dataclass
-class Bar:
-    """One thing that must hold, and the worst that was seen."""
-
-    name: str
-    wanted: float
-    worst: float | None
-    at: str
-    passed: bool | None
-    """None: nothing was measured."""
-
-    def __str__(self) -> str:
-        word = {True: "pass" if self.wanted else "    ", False: "MISS", None: "not measured"}[self.passed]
-        seen = "" if self.worst is None else f": worst {self.worst:.2f} at {self.at}"
-        return f"{word:4}  {self.name}{f', at least {self.wanted:g}' if self.wanted else ''}{seen}"
-
-
-def lowest(name: str, wanted: float, values: list[tuple[float, str]]) -> Bar:
-    if not values:
-        return Bar(name, wanted, None, "", None)
-    worst, at = min(values)
-    return Bar(name, wanted, worst, at, worst >= wanted)
-
-
-def bars(rows: list[Row], bandwidth: float) -> list[Bar]:
-    """The kernels that the backend has are taken together (the faster one counts), then each by itself."""
-    mine = [r for r in rows if r.kernel.startswith("triton")]
-    best: dict[tuple[Shape, str], Row] = {}
-    for row in mine:
-        at = (row.shape, row.direction)
-        if at not in best or (row.ms or math.inf) < (best[at].ms or math.inf):
-            best[at] = row
-    found: list[Bar] = []
-    names = sorted({r.kernel for r in mine})
-    for name, chosen in [("triton", list(best.values()))] + [
-        (n, [r for r in mine if r.kernel == n]) for n in names if len(names) > 1
-    ]:
-        grid = [r for r in chosen if r.shape.kind in ("grid", "plain")]
-
-        def over_best(direction: str, dims: tuple[int, ...], shortest: int, grid: list[Row] = grid) -> Any:
-            return [
-                (r.ratio if r.ms else 0.0, str(r.shape))
-                for r in grid
-                if r.direction == direction and r.shape.dim in dims and r.shape.seqlen_q >= shortest
-                and (r.ratio is not None or r.error)
-            ]  # fmt: skip
-
-        wanted = 0.9 if name == "triton" else 0.7
-        found.append(lowest(f"{name} forward / best vendor, d128 from 2k", wanted, over_best("forward", (128,), 2048)))
-        found.append(lowest(f"{name} backward / best vendor, d128 from 2k", 0.75, over_best("backward", (128,), 2048)))
-        for dim in (64, 256):
-            for direction in ("forward", "backward"):
-                title = f"{name} {direction} / best vendor, d{dim} (for the record)"
-                found.append(lowest(title, 0, over_best(direction, (dim,), 512)))
-        if name != "triton" and len(names) > 1:
-            continue
-        found += [
-            lowest(f"{name} {direction} / PyTorch's flash", 1.0, _over_flash(chosen, rows, direction))
-            for direction in ("forward", "backward")
-        ]
-    return found + _with_the_work(best) + _decoding(best, bandwidth)
-
-
-def _over_flash(chosen: list[Row], rows: list[Row], direction: str) -> list[tuple[float, str]]:
-    flash = {r.shape: r.ms for r in rows if r.kernel == "flash" and r.direction == direction and r.ms}
+def work_of(options: argparse.Namespace) -> list[tuple[Shape, str]]:
+    shapes = [*training_shapes(options.quick)]
+    work = [(s, d) for s in shapes for d in ("forward", "backward") if d in options.only]
+    if "decode" in options.only:
+        work += [(shape, "forward") for shape in decode_shapes(options.quick)]
     return [
-        (flash[r.shape] / r.ms if r.ms else 0.0, str(r.shape))
-        for r in chosen
-        if r.direction == direction and r.shape in flash and r.shape.kind != "decode"
+        (s, d)
+        for s, d in work
+        if (options.head_dim is None or s.dim in options.head_dim)
+        and (options.lengths is None or s.seqlen_kv in options.lengths)
+        and (options.kinds is None or s.kind in options.kinds)
     ]
-
-
-def _with_the_work(best: dict[tuple[Shape, str], Row]) -> list[Bar]:
-    """Throughput with a window over that of the plain causal call of its length, and with packing over that of a batch
-    of sequences of the mean length, all alike: short sequences are slower in any layout."""
-    found = []
-    for kind in ("window", "packed"):
-        for direction in ("forward", "backward"):
-            values = []
-            for (shape, done), row in best.items():
-                if shape.kind != kind or done != direction:
-                    continue
-                mean = sum(shape.lengths) / len(shape.lengths) if shape.lengths else shape.seqlen_q
-                alike = [
-                    (abs(math.log(s.seqlen_q / mean)), r.tflops)
-                    for (s, d), r in best.items()
-                    if s.kind in ("plain", "grid") and s.causal and s.heads_q == s.heads_kv and d == direction
-                    if s.dim == shape.dim and r.tflops
-                ]
-                if alike:
-                    values.append(((row.tflops or 0.0) / min(alike)[1], str(shape)))
-            name = f"{kind} {direction}: TFLOP/s over plain causal of the same mean length"
-            found.append(lowest(name, round(1 / SLACK, 2), values))
-    return found
-
-
-def _decoding(best: dict[tuple[Shape, str], Row], bandwidth: float) -> list[Bar]:
-    long = [
-        ((r.gbs or 0.0) / bandwidth, str(s))
-        for (s, _), r in best.items()
-        if s.kind == "decode" and s.seqlen_kv >= 32768
-    ]
-    return [lowest("decode from 32k: bandwidth over a copy's", 0.8, long)]
-
-
-def plot(rows: list[Row], bandwidth: float, title: str, folder: Path) -> None:
-    """forward.png and backward.png: TFLOP/s by length; decode.png: share of the copy bandwidth by length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    for direction in ("forward", "backward", "decode"):
-        decode = direction == "decode"
-        chosen = [
-            r
-            for r in rows
-            if r.ms and (r.shape.kind == "decode" if decode else r.shape.kind == "grid" and r.direction == direction)
-        ]
-        if not chosen:
-            continue
-        panels = sorted({panel(r.shape) for r in chosen})
-        columns = 2 if decode or len(panels) < 3 else 3
-        lines = -(-len(panels) // columns)
-        figure, axes = pyplot.subplots(lines, columns, figsize=(5 * columns, 3.6 * lines), squeeze=False)
-        for axis, name in zip(axes.flat, panels, strict=False):
-            curves: dict[tuple[str, int], list[tuple[int, float]]] = {}
-            for row in chosen:
-                if panel(row.shape) == name:
-                    value = row.gbs / bandwidth if decode else row.tflops  # type: ignore[operator]
-                    series = row.shape.batch if decode else row.shape.heads_kv
-                    curves.setdefault((row.kernel, series), []).append((row.shape.seqlen_kv, value))  # type: ignore[arg-type]
-            kernels = sorted({kernel for kernel, _ in curves})
-            widths = sorted({series for _, series in curves}, reverse=True)
-            for (kernel, series), points in sorted(curves.items()):
-                label = f"{kernel}, {'batch' if decode else 'KV heads'} {series}"
-                style = ("o-", "s:", "^--", "v-.")[widths.index(series) % 4]
-                axis.plot(*zip(*sorted(points), strict=True), style, label=label, color=f"C{kernels.index(kernel)}")
-            axis.set_xscale("log", base=2)
-            axis.set_ylim(bottom=0)
-            axis.set_title(name, fontsize=9)
-            axis.set_xlabel("keys" if decode else "sequence length (tokens)")
-            axis.set_ylabel("bandwidth / copy bandwidth" if decode else "TFLOP/s")
-            axis.grid(True, alpha=0.3)
-            axis.legend(fontsize=6)
-        figure.suptitle(f"{direction}, bf16: {title}", fontsize=8)
-        figure.tight_layout()
-        figure.savefig(folder / f"{direction}.png", dpi=110)
-        pyplot.close(figure)
-
-
-def panel(shape: Shape) -> str:
-    if shape.kind == "decode":
-        return f"decode, {shape.heads_q} query and {shape.heads_kv} KV heads, head_dim {shape.dim}"
-    return f"{'causal' if shape.causal else 'full'}, head_dim {shape.dim:3}"
-
-
-def title_of(seen: dict[str, Any]) -> str:
-    here = seen["environment"]
-    packages = here["packages"]
-    return (
-        f"{here['name']}, driver {seen['driver']}, torch {seen['torch']}, cuDNN {packages.get('cudnn')}, "
-        f"triton {packages.get('triton')}, {seen['date'][:16]}Z"
-    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="about a dozen shapes, in about 100 s")
-    parser.add_argument("--only", choices=("forward", "backward", "decode"))
-    parser.add_argument("--dims", type=int, nargs="+", help="only these head dims")
+    parser.add_argument("--only", nargs="+", choices=("forward", "backward", "decode"))
+    parser.add_argument("--head-dim", type=int, nargs="+", help="only these")
+    parser.add_argument("--lengths", type=int, nargs="+", help="only so many keys")
+    parser.add_argument("--kinds", nargs="+", choices=("grid", "plain", "window", "packed", "decode"))
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no shape after this long")
     parser.add_argument("--out", type=Path, default=Path("gpu-results/kernels"), help="folder for JSON and plots")
     options = parser.parse_args()
+    options.only = options.only or ("forward", "backward", "decode")
     if DEVICE == "cuda" and not torch.cuda.is_available():
         raise SystemExit("benchmarks/kernels.py needs an NVIDIA GPU")
     warnings.filterwarnings("ignore", category=UserWarning)  # SDPA's, about each kernel that was pinned away
@@ -510,19 +358,14 @@ def main() -> None:
     started = time.monotonic()
     seen = versions() | {"date": datetime.now(UTC).isoformat(timespec="seconds")}
     print(title_of(seen), flush=True)
+    work = work_of(options)
+    compile_ahead(environment().arch, [call for shape, d in work for call in described(shape, d)])
     bandwidth = copy_gbs()
-    print(f"a copy moves {bandwidth:.0f} GB/s; below: TFLOP/s (ratio to the best vendor kernel)\n", flush=True)
+    print(f"a copy moves {bandwidth:.0f} GB/s; below: TFLOP/s (ratio to the best vendor kernel), * what is chosen\n")
 
-    work: list[tuple[Shape, str]] = []
-    if options.only != "decode":
-        for shape in training_shapes(options.quick):
-            work += [(shape, d) for d in ("forward", "backward") if options.only in (None, d)]
-    if options.only in (None, "decode"):
-        work += [(shape, "forward") for shape in decode_shapes(options.quick)]
     rows: list[Row] = []
+    result: dict[str, Any] = {"seen_on": seen, "copy_gbs": bandwidth}
     for number, (shape, direction) in enumerate(work):
-        if options.dims and shape.dim not in options.dims:
-            continue
         if time.monotonic() - started > options.seconds:
             print(f"out of time: {len(work) - number} of {len(work)} not run")
             break
@@ -537,15 +380,14 @@ def main() -> None:
         rows += measured
         if measured:
             print(show(measured, bandwidth), flush=True)
-        gc.collect()
-        if DEVICE == "cuda":
+        if shape.bytes > 1 << 30:  # else the allocator's own reuse is faster
+            gc.collect()
             torch.cuda.empty_cache()
-        result = {"seen_on": seen, "copy_gbs": bandwidth, "rows": [asdict(r) for r in rows]}
-        (options.out / "results.json").write_text(json.dumps(result, indent=1))
+        result["rows"] = [asdict(r) for r in rows]
+        (options.out / "results.json").write_text(json.dumps(result))
     cleared = bars(rows, bandwidth)
     print("\n" + "\n".join(map(str, cleared)))
-    result = {"seen_on": seen, "copy_gbs": bandwidth, "bars": [asdict(b) for b in cleared]}
-    result |= {"seconds": round(time.monotonic() - started), "rows": [asdict(r) for r in rows]}
+    result |= {"bars": [asdict(b) for b in cleared], "seconds": round(time.monotonic() - started)}
     (options.out / "results.json").write_text(json.dumps(result, indent=1))
     try:
         plot(rows, bandwidth, title_of(seen), options.out)

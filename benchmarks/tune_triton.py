@@ -22,17 +22,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -42,6 +40,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from compiling import codegen, processes
 
 from attnrt.backends.triton import Portable, adapter
 from attnrt.backends.triton.tiles import CLASSES, Tile, arch_class
@@ -138,16 +137,6 @@ def using(name: str, tile: Tile | None) -> Iterator[None]:
         yield
     finally:
         adapter.tile_for = usual
-
-
-def codegen() -> Any:
-    """tools/codegen.py as a module."""
-    if (name := "attnrt_tools_codegen") not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / "codegen.py")
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[name]
 
 
 def compile_candidate(arch: str, row: Row, tile: Tile, calls: tuple[str, ...]) -> str:
@@ -321,7 +310,7 @@ def _copied(text: str, arch: str, anchor: str) -> str:
 def dry(arch: str, rows: list[Row], jobs: int, out: Path) -> None:
     """Compile every candidate for an arch that need not be here; write those that pass."""
     passed: dict[str, list[Tile]] = {}
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with processes(jobs) as pool:
         said = {(r, t): pool.submit(compile_candidate, arch, r, t, CHECKED[r.kind]) for r in rows for t in tried(r)}
         for row in rows:
             passed[key(row)] = [t for t in tried(row) if not verdict(said[row, t])]
@@ -351,7 +340,7 @@ def tune(rows: list[Row], options: argparse.Namespace) -> None:
     log: list[dict[str, Any]] = []
     proposals: list[str] = []
     tiles = candidates(options.candidates, here.arch, rows)
-    pool = ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn"))
+    pool = processes(options.jobs)
     list(pool.map(warm, [0.2] * options.jobs))  # every process has imported what it needs
     said = {(r, t): pool.submit(compile_candidate, here.arch, r, t, TIMED[r.kind]) for r in rows for t in tiles[r]}
     for number, row in enumerate(rows):

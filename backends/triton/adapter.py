@@ -18,7 +18,7 @@ from attnrt.backends.triton.decode import decode_pass, outputs, slopes_of, split
 from attnrt.backends.triton.forward import forward
 from attnrt.backends.triton.replay import Recording, on
 from attnrt.backends.triton.scores import Matrix, Plane
-from attnrt.backends.triton.tiles import PASSES, Tile, block_dim, tile_for
+from attnrt.backends.triton.tiles import PASSES, Tile, block_dim, section, tile_for
 from attnrt.environment import Environment
 from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
@@ -104,14 +104,6 @@ class Plan:
     def row_values(self, x: Tensor) -> Matrix:
         """(B, Hq, Sq), or (Hq, T) when packed: one number for each query row."""
         return Matrix(x, 0, x.stride(0), 1) if x.ndim == 2 else Matrix(x, x.stride(0), x.stride(1), 1)
-
-    def section(self, group: int) -> int:
-        """How many (batch, head) pairs whose keys fit in L2 together; `group` of them share one KV head."""
-        r = self.request
-        if not self.longest_first:
-            return group
-        head = max(1, r.seqlen_kv * (r.head_dim_qk + r.head_dim_v) * r.itemsize)
-        return group * (1 << max(0, (gluon.L2_BYTES // head).bit_length() - 1))
 
     def scalars(self) -> tuple[Any, ...]:
         """scale, softcap, dropout_p, left, right: None for what is off."""
@@ -235,7 +227,7 @@ def _forward_pass(plan: Plan, launch: Any, tensors: Sequence[Any]) -> None:
         *score_operands(r, given),
         *(sinks, *lengths, seed),
         *plan.scalars(),
-        *(r.heads_q, r.group, r.seqlen_q, r.seqlen_kv, tiles, pairs, min(pairs, plan.section(r.group))),
+        *(r.heads_q, r.group, r.seqlen_q, r.seqlen_kv, tiles, pairs, min(pairs, section(r, r.group))),
         LONGEST_FIRST=plan.longest_first,
         POSITIVE_SCALE=r.scale > 0,
         SPLIT=True,
@@ -302,6 +294,16 @@ def _backward_pass(plan: Plan, launch: Any, tensors: Sequence[Any]) -> None:
         **{n: plan.constants[n] for n in ("DIM_V", "BLOCK_V", "PACKED")},
         num_warps=4,
     )
+    if r.dtype == "fp32" and (dq is not None or dk is not None or dbias is not None):
+        tile = plan.tiles["dq"]
+        tiles = -(-r.seqlen_q // tile.block_m)
+        launch(
+            passes.balance,
+            (tiles * pairs,),
+            *(q_, k_, v_, dout, *stats, sinks, *rest, *sizes, tiles, pairs, min(pairs, section(r, r.group))),
+            LONGEST_FIRST=plan.longest_first,
+            **plan.options("dq"),
+        )
     if dk is not None:
         tile = plan.tiles["dkdv"]
         tiles = -(-r.seqlen_kv // tile.block_n)
@@ -313,7 +315,7 @@ def _backward_pass(plan: Plan, launch: Any, tensors: Sequence[Any]) -> None:
             None if shared_q else plan.descriptor(grad, tile.block_m, dim_v),
         ]
         pairs_kv = r.batch * r.heads_kv
-        where = (tiles, pairs_kv, min(pairs_kv, plan.section(1)))
+        where = (tiles, pairs_kv, min(pairs_kv, section(r, 1)))
         launch(
             passes.dkdv,
             (tiles * pairs_kv,),
@@ -325,7 +327,7 @@ def _backward_pass(plan: Plan, launch: Any, tensors: Sequence[Any]) -> None:
         tiles = -(-r.seqlen_q // tile.block_m)
         shapes = ((k, tile.block_n, dim_qk), (v, tile.block_n, dim_v))
         fetch = [None if r.packed or r.padded_kv else plan.descriptor(*x) for x in shapes]
-        where = (tiles, pairs, min(pairs, plan.section(r.group)))
+        where = (tiles, pairs, min(pairs, section(r, r.group)))
         launch(
             passes.dq,
             (tiles * pairs,),

@@ -4,9 +4,10 @@ With P = exp(S - LSE), dP = dO V^T and delta = rowsum(dO * O):
 
     dS = P * (dP - delta)        (softmax)         dQ = scale dS K        dK = scale dS^T Q        dV = P^T dO
 
-Four kernels, each the only writer of what it writes: no atomics, so the result is the same on every run.
+Each kernel is the only writer of what it writes: no atomics, so the result is the same on every run.
 
     preprocess   delta, and the LSE as the others want it          one program for 128 query rows
+    balance      delta again, of float32 inputs                    a tile of queries stays, key tiles pass by
     dkdv         a tile of keys stays, query tiles pass by         works on S^T, so no product needs a transpose
     dq           a tile of queries stays, key tiles pass by
     dbias        a tile of the bias stays; the dims that it is broadcast over pass by
@@ -89,6 +90,70 @@ def preprocess(
         tl.store(DELTA + at + rows, delta)
     if DSINKS is not None:
         tl.store(DSINKS + pair * tl.num_programs(0) + tile, dsink)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def balance(
+    Q, K, V, DOUT, LSE2, DELTA, SINKS,
+    MASK, BIAS, SLOPES, LENGTHS_Q, LENGTHS_KV, SEED,
+    scale, softcap, dropout_p, left, right,
+    heads, group, seqlen_q, seqlen_kv, padded_q, stats_rows, tiles, pairs, section,
+    DIM_QK: tl.constexpr, DIM_V: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PACKED: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, LONGEST_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """delta = sum P dP / sum P, of the very P and dP that the passes below compute.
+
+    rowsum(dO * O) is the same number in another order of roundings. Where a row sees next to one key, dP - delta
+    cancels to nothing, and what is left of it is the difference of the two roundings: about eps |dO| |v|, which
+    PyTorch's softmax does not have. So the mean of dP - delta over the row is added to delta. The mean is small, hence
+    precise, and a row of one key comes to dP exactly.
+    """
+    tile, pair = place(tiles, pairs, section, LONGEST_FIRST)
+    b, h = pair // heads, pair % heads
+    h_kv = h // group
+    entry = 0 if PACKED else b  # packed sequences share one
+    begin_q, length_q = span(LENGTHS_Q, b, seqlen_q, PACKED)
+    begin_kv, length_kv = span(LENGTHS_KV, b, seqlen_kv, PACKED)
+    m0 = tile * BLOCK_M
+    if PACKED and m0 >= length_q:
+        return
+    end_kv = begin_kv + length_kv
+    shift = length_kv - length_q if BOTTOM_RIGHT else 0
+    slope = None if SLOPES is None else tl.load(head_pointer(SLOPES, b, h))
+    seed = None if SEED is None else tl.load(SEED)
+    stats = tl.cast(h, tl.int64) * stats_rows + stats_begin(begin_q, b, padded_q, PACKED)
+
+    rows = m0 + tl.arange(0, BLOCK_M)
+    q = load_tile(Q, None, entry, h, begin_q + m0, begin_q + length_q, DIM_QK, BLOCK_QK, BLOCK_M, True)
+    dout = load_tile(DOUT, None, entry, h, begin_q + m0, begin_q + length_q, DIM_V, BLOCK_V, BLOCK_M, True)
+    lse = tl.load(LSE2 + stats + rows)
+    delta = tl.load(DELTA + stats + rows)
+    share = tl.full([BLOCK_M], 1.0, tl.float32)  # of the keys in the softmax
+    if SINKS is not None:
+        share -= tl.exp2(tl.load(SINKS + h).to(tl.float32) * LOG2E - lse)
+        delta = tl.where(share > 0.0, delta / share, 0.0)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    moved = tl.zeros([BLOCK_M], tl.float32)
+    low, _full_low, _full_high, high = key_ranges(m0, length_q, length_kv, shift, left, right, BLOCK_M, BLOCK_N)
+    for n0 in tl.range(low, high, BLOCK_N):
+        cols = n0 + tl.arange(0, BLOCK_N)
+        k = load_tile(K, None, entry, h_kv, begin_kv + n0, end_kv, DIM_QK, BLOCK_QK, BLOCK_N, True)
+        s, _kept = scores_of(
+            product(q, k, PRECISION), rows[:, None], cols[None, :], b, h, shift, length_q, length_kv,
+            scale, softcap, slope, BIAS, True,
+        )  # fmt: skip
+        seen = visible(rows[:, None], cols[None, :], b, h, shift, length_q, length_kv, left, right, MASK, True)
+        p = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)
+        v = load_tile(V, None, entry, h_kv, begin_kv + n0, end_kv, DIM_V, BLOCK_V, BLOCK_N, True)
+        dp = product(dout, v, PRECISION)
+        if SEED is not None:
+            there = survives(seed, dropout_p, b, h, heads, rows[:, None], cols[None, :])
+            dp = tl.where(there, dp / (1.0 - dropout_p), 0.0)
+        total += tl.sum(p, 1)
+        moved += tl.sum(p * (dp - delta[:, None]), 1)
+    delta += tl.where(total > 0.0, moved / tl.where(total > 0.0, total, 1.0), 0.0)
+    tl.store(DELTA + stats + rows, delta * share)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

@@ -58,23 +58,35 @@ BLOCK_M = tl.constexpr(128)
 
 
 @gluon.jit()
-def place(index, order):
-    """Tile number `index` in the order of scores.place: (first row, batch entry, head)."""
+def place(index, order, FOLDED: gl.constexpr):
+    """Tile number `index` in the order of scores.place: (first row, batch entry, head). FOLDED: a program's turns come
+    in twos, the tile so far from the end and then the one so far from the start, which under a causal mask have equally
+    many keys together, whichever they are."""
     tiles, pairs, section, heads = order
-    first = index // (section * tiles) * section
+    levels = tiles
+    if FOLDED:
+        turn = index // gl.num_programs(0)
+        index = index - (turn - turn // 2) * gl.num_programs(0)
+        levels = tiles // 2
+    first = index // (section * levels) * section
     width = gl.minimum(section, pairs - first)
-    within = index - first * tiles
-    tile = tiles - 1 - within // width  # under a causal mask the last are the longest, and go first
+    within = index - first * levels
+    level = within // width
+    tile = tiles - 1 - level  # under a causal mask the last are the longest, and go first
+    if FOLDED:
+        tile = tile - turn % 2 * (tile - level)
     pair = first + within % width
     return tile * BLOCK_M, pair // heads, pair % heads
 
 
 @gluon.jit()
-def tiles_of_program(order, lengths):
+def tiles_of_program(order, lengths, FOLDED: gl.constexpr):
     """Every so many-th tile; where sequences have lengths of their own, too unlike to be dealt out beforehand, one."""
     first = gl.program_id(0)
     stop = order[0] * order[1]
     stride = gl.num_programs(0)
+    if FOLDED:
+        stop = first + 2 * ((stop // 2 - first + stride - 1) // stride) * stride
     if lengths[0] is not None:
         stop = first + 1
         stride = 1
@@ -166,13 +178,13 @@ def fetch_tile(
 def producer(
     Q, K, V, shared, barriers, order, lengths, group,
     D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, QUERIES: gl.constexpr, LEFT: gl.constexpr,
-    PACKED: gl.constexpr,
+    PACKED: gl.constexpr, FOLDED: gl.constexpr,
 ):  # fmt: skip
     n = 0  # blocks so far, of all tiles
     turn = 0  # tiles so far
-    first, stop, stride = tiles_of_program(order, lengths)
+    first, stop, stride = tiles_of_program(order, lengths, FOLDED)
     for index in range(first, stop, stride):
-        m0, b, h = place(index, order)
+        m0, b, h = place(index, order, FOLDED)
         begin_q, begin_kv, band = sequence(b, lengths, PACKED)
         entry = b
         if PACKED:
@@ -395,15 +407,15 @@ def attend_tile(
 def consumer(
     writes, shared, barriers, order, lengths,
     WHO: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, QUERIES: gl.constexpr,
-    LEFT: gl.constexpr, PACKED: gl.constexpr, PING_PONG: gl.constexpr,
+    LEFT: gl.constexpr, PACKED: gl.constexpr, PING_PONG: gl.constexpr, FOLDED: gl.constexpr,
 ):  # fmt: skip
     O, OUT, LSE, strides, lse_head, scale = writes
     heads = order[3]
     n = 0  # as in the producer
     turn = 0
-    first, stop, stride = tiles_of_program(order, lengths)
+    first, stop, stride = tiles_of_program(order, lengths, FOLDED)
     for index in range(first, stop, stride):
-        m0, b, h = place(index, order)
+        m0, b, h = place(index, order, FOLDED)
         begin_q, _, band = sequence(b, lengths, PACKED)
         if lengths[0] is None:
             n += attend_tile(
@@ -446,11 +458,11 @@ def forward(
     Q, K, V, O, OUT, LSE, LENGTHS_Q, LENGTHS_KV, scale, left, right, shift, heads, group, seqlen_q, seqlen_kv,
     out_batch, out_head, out_row, lse_head, tiles, pairs, section,
     D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, QUERIES: gl.constexpr, LEFT: gl.constexpr,
-    PACKED: gl.constexpr, PING_PONG: gl.constexpr,
+    PACKED: gl.constexpr, PING_PONG: gl.constexpr, FOLDED: gl.constexpr,
 ):  # fmt: skip
     """Q, K, V, O: descriptors of (B, H, S, D), and O's pointer OUT with its strides. LSE: float32, `lse_head` rows a
     head, or None. LENGTHS: (B,) or, PACKED, offsets (B + 1,), or None. scale: with log2 e in it. shift: of query 0
-    against key 0, or, with LENGTHS, 1 for bottom-right alignment."""
+    against key 0, or, with LENGTHS, 1 for bottom-right alignment. FOLDED: see `place`; wants even `tiles`."""
     shared = (
         gl.allocate_shared_memory(Q.dtype, [2 * QUERIES, 1, 1, ROWS, D], Q.layout),
         gl.allocate_shared_memory(K.dtype, [STAGES, 1, 1, BLOCK_N, D], K.layout),
@@ -487,16 +499,18 @@ def forward(
     # Registers: 65,536 in all. The producer needs few and gives the rest of its share to the consumers.
     gl.warp_specialize(
         [
-            (
-                consumer,
-                (writes, shared, barriers, order, lengths, zero, D, BLOCK_N, STAGES, QUERIES, LEFT, PACKED, PING_PONG),
-            ),
-            (
-                consumer,
-                (writes, shared, barriers, order, lengths, one, D, BLOCK_N, STAGES, QUERIES, LEFT, PACKED, PING_PONG),
-            ),
-            (producer, (Q, K, V, shared, barriers, order, lengths, group, D, BLOCK_N, STAGES, QUERIES, LEFT, PACKED)),
+            (consumer, (
+                writes, shared, barriers, order, lengths, zero, D, BLOCK_N, STAGES, QUERIES, LEFT, PACKED, PING_PONG,
+                FOLDED,
+            )),
+            (consumer, (
+                writes, shared, barriers, order, lengths, one, D, BLOCK_N, STAGES, QUERIES, LEFT, PACKED, PING_PONG,
+                FOLDED,
+            )),
+            (producer, (
+                Q, K, V, shared, barriers, order, lengths, group, D, BLOCK_N, STAGES, QUERIES, LEFT, PACKED, FOLDED,
+            )),
         ],
         [4, 1],
         [240, 24],
-    )
+    )  # fmt: skip

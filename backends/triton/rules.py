@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attnrt.backends.base import Rule, between, needs_nvidia
+from attnrt.backends.triton.tiles import hopper_has
 from attnrt.request import AttentionRequest
 
 _DESIGN = "the kernel's design: tiles of one head, fp32 accumulation"
@@ -60,9 +61,6 @@ RULES = (
 DECODE_ROWS = 64
 """Most rows (query tokens times the query heads of a KV head) that the decode kernel packs into its tiles."""
 HOPPER_DIMS = (64, 128, 256)
-HOPPER_SHORT = 4096
-"""Up to where it measured faster than the portable kernel at head_dim 64 (H200: 305 to 281 TFLOP/s at 1k causal, 432 to
-446 at 16k); at 128 and 256 it always did."""
 _GLUON = "Gluon as triton 3.6 to 3.9 ship it"
 
 
@@ -98,10 +96,10 @@ HOPPER_RULES = (
         "the Hopper kernel takes head_dim 64, 128 and 256, not {r.head_dim_qk}",
     ),
     Rule(
-        "TRITON_HOPPER_LONG",
-        lambda r, e: r.head_dim_qk == 64 and (r.seqlen_q > HOPPER_SHORT or r.padded or r.packed),
-        f"at head_dim 64 the portable kernel is ahead from {HOPPER_SHORT} queries on, and with lengths of their own",
-        source="benchmarks/kernels.py on an H200",
+        "TRITON_HOPPER_SLOWER",
+        lambda r, e: r.head_dim_qk in HOPPER_DIMS and not hopper_has("queries", r),
+        "the portable kernel is the faster one at head_dim {r.head_dim_qk} with this mask and {r.seqlen_q} queries",
+        source="configs/triton/hopper.yaml, by benchmarks/kernels.py on an H200",
     ),
     Rule(
         "TRITON_HOPPER_WINDOW",

@@ -206,13 +206,19 @@ def product(a, b, PRECISION: tl.constexpr):
     """a b^T of (M, D) and (N, D).
 
     Exact float32 products run outside the matrix units, one after the other: in parts of 16 dims they round less, as
-    the sums of PyTorch's math do, and threads that share out the parts hold less of a and b in registers.
+    the sums of PyTorch's math do, and threads that share out the parts hold less of a and b in registers. The parts are
+    added two by two, so that the order, and with it every bit of the result, is the same in any tile: the passes of the
+    backward take differences of such products.
     """
     DIM: tl.constexpr = a.shape[1]
     if a.dtype == tl.float32 and PRECISION == "ieee" and DIM > PART:
         x = a.reshape(a.shape[0], DIM // PART, PART).permute(1, 0, 2)
         y = b.reshape(b.shape[0], DIM // PART, PART).permute(1, 2, 0)
-        found = tl.sum(tl.dot(x, y, input_precision=PRECISION), 0)
+        found = tl.dot(x, y, input_precision=PRECISION)
+        for _ in tl.static_range(4):
+            if found.shape[0] > 1:
+                found = tl.sum(found.reshape(2, found.shape[0] // 2, found.shape[1], found.shape[2]), 0)
+        found = found.reshape(a.shape[0], b.shape[0])
     else:
         found = tl.dot(rounded(a, PRECISION), rounded(b, PRECISION).T, input_precision=PRECISION)
     return found

@@ -1,4 +1,5 @@
-"""Which tile a pass uses: data, from configs/triton/tiles.yaml. Nothing is tuned while a call waits."""
+"""Which tile a pass uses, and where the Hopper forward runs: data, from configs/triton. Nothing is tuned while a call
+waits."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ def costs(request: AttentionRequest) -> str:
 
 def tile_for(name: str, request: AttentionRequest, environment: Environment) -> Tile:
     """The tile of pass `name` (one of `PASSES`)."""
-    table = _table()[name][_rows(request, environment)]
+    table = _read("tiles")[name][_rows(request, environment)]
     dims = block_dim(request.head_dim_qk), block_dim(request.head_dim_v)
     rows = table.get(sum(dims) // 2) or table[max(64, *dims)]
     lighter = CLASSES[: CLASSES.index(costs(request)) + 1]
@@ -71,7 +72,46 @@ def _rows(request: AttentionRequest, environment: Environment) -> str:
     return f"tf32_{arch}" if request.tf32 else "float32"
 
 
+class HopperTile(NamedTuple):
+    """Keys of a block, slots of the rings of K and V, and tiles of queries that have a place in shared memory."""
+
+    block_n: int
+    stages: int
+    queries: int
+
+
 @cache
-def _table() -> dict[str, Any]:
-    table: dict[str, Any] = yaml.safe_load(files("attnrt.configs").joinpath("triton/tiles.yaml").read_text())
+def hopper_tiles() -> dict[int, HopperTile]:
+    """Of the Hopper forward, by head dim."""
+    return {dim: HopperTile(*row["tile"]) for dim, row in _read("hopper").items()}
+
+
+def hopper_has(question: str, request: AttentionRequest) -> bool:
+    """`question`: "queries" (the Hopper forward is the faster one for this call), "persistent" or "folded"; of
+    configs/triton/hopper.yaml, which says what they mean. False for a head dim that it does not have."""
+    r = request
+    kind = (
+        "own" if r.padded or r.packed else "window" if r.left is not None else "full" if r.right is None else "causal"
+    )
+    bounds = _read("hopper").get(r.head_dim_qk, {}).get(question, {}).get(kind)
+    return bool(bounds) and bounds[0] <= r.seqlen_q <= bounds[1]
+
+
+L2_BYTES = 32 << 20
+"""Of keys and values that may be in use at once: well inside the 40 to 50 MiB of A100, H100 and H200."""
+
+
+def section(request: AttentionRequest, group: int) -> int:
+    """How many (batch, head) pairs run side by side, so that the keys they share stay in L2; `group` of them have one
+    KV head. More than a group only where the tiles differ in length: then the longest of many go first."""
+    r = request
+    if r.right is None or r.left is not None:
+        return group
+    head = max(1, r.seqlen_kv * (r.head_dim_qk + r.head_dim_v) * r.itemsize)
+    return group * (1 << max(0, (L2_BYTES // head).bit_length() - 1))
+
+
+@cache
+def _read(name: str) -> dict[Any, Any]:
+    table: dict[Any, Any] = yaml.safe_load(files("attnrt.configs").joinpath(f"triton/{name}.yaml").read_text())
     return table

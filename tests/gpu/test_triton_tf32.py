@@ -97,7 +97,7 @@ def test_on(name: str, loads: str) -> None:
             for kernel in taking(case, loads):
                 with poisoned():
                     found = run(kernel, case, environment(loads))
-                assert_agrees(case, found, known)
+                assert_agrees(case, found, known, tf32.ABSOLUTE)
 
 
 @pytest.mark.parametrize("name", CASES)

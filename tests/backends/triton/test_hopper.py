@@ -40,11 +40,14 @@ class Variant(NamedTuple):
     dtype: str
     left: bool
     lengths: str = "fixed"
+    folded: bool = False
 
 
-VARIANTS = [v for v in itertools.starmap(Variant, itertools.product(hopper.TILES, ("bf16", "fp16"), (False, True)))
+DIMS = tuple(hopper.hopper_tiles())
+VARIANTS = [v for v in itertools.starmap(Variant, itertools.product(DIMS, ("bf16", "fp16"), (False, True)))
             if not (v.dim == 256 and v.left)]  # fmt: skip
-VARIANTS += [Variant(*v) for v in itertools.product(hopper.TILES, ("bf16",), (False,), ("padded", "packed"))]
+VARIANTS += [Variant(*v) for v in itertools.product(DIMS, ("bf16",), (False,), ("padded", "packed"))]
+VARIANTS += [Variant(dim, "bf16", False, folded=True) for dim in DIMS]
 
 
 class Compiled(NamedTuple):
@@ -60,7 +63,7 @@ def compile_for_sm90(variant: Variant) -> Compiled:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    tile, names = hopper.TILES[variant.dim], hopper_kernel.forward.arg_names
+    tile, names = hopper.hopper_tiles()[variant.dim], hopper_kernel.forward.arg_names
     dtype = gl.bfloat16 if variant.dtype == "bf16" else gl.float16
 
     def descriptor(rows: int) -> str:
@@ -71,7 +74,12 @@ def compile_for_sm90(variant: Variant) -> Compiled:
     types = {("O" if n == "OUT" else n): t for n, t in types.items()}
     types |= {"OUT": f"*{variant.dtype}", "LSE": "*fp32", "scale": "fp32"}
     constants = {"D": variant.dim, "BLOCK_N": tile.block_n, "STAGES": tile.stages, "QUERIES": tile.queries}
-    constants |= {"LEFT": variant.left, "PACKED": variant.lengths == "packed", "PING_PONG": PING_PONG}
+    constants |= {
+        "LEFT": variant.left,
+        "PACKED": variant.lengths == "packed",
+        "PING_PONG": PING_PONG,
+        "FOLDED": variant.folded,
+    }
     lengths = ("LENGTHS_Q", "LENGTHS_KV")
     if variant.lengths == "fixed":
         constants |= dict.fromkeys(lengths)
@@ -261,6 +269,7 @@ class Launch(NamedTuple):
     stages: int
     queries: int = 1
     ping_pong: bool = False
+    folded: bool = False
 
 
 def emulate(r: AttentionRequest, q: Any, k: Any, v: Any, how: Launch, lengths: Any = (None, None)) -> Any:
@@ -271,12 +280,13 @@ def emulate(r: AttentionRequest, q: Any, k: Any, v: Any, how: Launch, lengths: A
     if lengths == (None, None):
         shift *= r.seqlen_kv - r.seqlen_q
     right = hopper.UNBOUNDED if r.right is None else r.right
+    programs = how.programs if lengths[0] is None else tiles * pairs
     order = (tiles, pairs, how.section, r.heads_q)
+    folded = how.folded and tiles % 2 == 0 and programs < tiles * pairs
     pointers = tuple(None if x is None else Pointer(x) for x in lengths)
     bounds = (*pointers, r.seqlen_q, r.seqlen_kv, r.left or 0, right, shift)
-    dim, block_n = r.head_dim_qk, hopper.TILES[r.head_dim_qk].block_n
+    dim, block_n = r.head_dim_qk, hopper.hopper_tiles()[r.head_dim_qk].block_n
     out, lse = torch.full_like(q, math.nan), torch.full(q.shape[:-1], math.nan)
-    programs = how.programs if lengths[0] is None else tiles * pairs
     stages, queries = how.stages, how.queries
     products = Products()
     layouts = dict.fromkeys(
@@ -316,8 +326,8 @@ def emulate(r: AttentionRequest, q: Any, k: Any, v: Any, how: Launch, lengths: A
         constants = (dim, block_n, stages, queries, r.left is not None, r.packed)
         strides = tuple(out.stride()[:3])
         writes = (out, Pointer(out.view(-1)), Pointer(lse.view(-1)), strides, q.shape[2], r.scale * math.log2(math.e))
-        calls = [("producer", (q, k, v, *rest, r.group, *constants))]
-        calls += [("consumer", (writes, *rest, who, *constants, how.ping_pong)) for who in (0, 1)]
+        calls = [("producer", (q, k, v, *rest, r.group, *constants, folded))]
+        calls += [("consumer", (writes, *rest, who, *constants, how.ping_pong, folded)) for who in (0, 1)]
         errors: list[BaseException] = []
 
         def guarded(name: str, args: tuple[Any, ...], world: Any = world, errors: Any = errors) -> None:
@@ -359,7 +369,7 @@ def agree(out: Any, lse: Any, want: Any, want_lse: Any) -> None:
 def draw_launch(draw: random.Random) -> Launch:
     return Launch(
         draw.choice([1, 2, 5]), draw.choice([1, 2, 7]), draw.choice([2, 3, 4]), draw.choice([1, 2]),
-        draw.random() < 0.5,
+        draw.random() < 0.5, draw.random() < 0.5,
     )  # fmt: skip
 
 
@@ -381,7 +391,6 @@ def test_protocol_and_numerics(seed: int) -> None:
         batch=draw.choice([1, 2]), heads_q=heads_kv * draw.choice([1, 2, 3]), heads_kv=heads_kv, seqlen_q=seqlen_q,
         seqlen_kv=kv, head_dim=dim, layout="bhsd", return_lse=True, **band,
     )  # fmt: skip
-    assert hopper.takes(r)
     q = torch.randn(r.batch, r.heads_q, seqlen_q, dim).bfloat16()
     k, v = (torch.randn(r.batch, heads_kv, kv, dim).bfloat16() for _ in range(2))
     agree(*emulate(r, q, k, v, draw_launch(draw)), *reference(r, q, k, v))
@@ -403,7 +412,6 @@ def test_lengths_of_their_own(seed: int, packed: bool) -> None:
         batch=batch, heads_q=heads_kv * draw.choice([1, 3]), heads_kv=heads_kv, seqlen_q=room[0], seqlen_kv=room[1],
         head_dim=dim, layout="thd" if packed else "bhsd", packed=packed, padded=not packed, return_lse=True, **band,
     )  # fmt: skip
-    assert hopper.takes(r)
     heads = (r.heads_q, heads_kv, heads_kv)
     if packed:
         starts = [[sum(x[:i]) for i in range(batch + 1)] for x in given]
@@ -435,5 +443,6 @@ if __name__ == "__main__":
     print(f"triton {triton.__version__}: the Hopper forward on sm90, {hopper.WARPS} warps * 3")
     for each in VARIANTS:
         c = compile_for_sm90(each)
-        name = f"D={each.dim} {each.dtype} {each.lengths}{' window' if each.left else ''}"
+        kind = " window" if each.left else " folded" if each.folded else ""
+        name = f"D={each.dim} {each.dtype} {each.lengths}{kind}"
         print(f"{name:20} {c.registers} regs {c.stack} B stack {c.shared:6} B shared")

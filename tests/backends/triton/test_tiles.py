@@ -68,6 +68,8 @@ def test_tuning_changes_one_tile(kind: str, arch: str) -> None:
 
 def tuning() -> Any:
     """benchmarks/tune_triton.py as a module."""
+    if (folder := str(ROOT / "benchmarks")) not in sys.path:
+        sys.path.append(folder)  # it imports from there
     if (name := "attnrt_tune_triton") not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / "tune_triton.py")
         assert spec is not None and spec.loader is not None
