@@ -73,7 +73,7 @@ class Raw(Call):
         if self.shape.lengths:
             of_padded = None if r.packed else lengths(r, case.operands, case.q.device)
             places = launch.places(case.operands, of_padded, case.q.device)
-            given |= {Uid.LENGTH_Q: places.length_q.data_ptr(), Uid.LENGTH_KV: places.length_kv.data_ptr()} | places.at
+            given |= places.addresses()
         self.device.run(launch.plan, [given[u] for u in launch.spec.uids()])
         self.launch = launch
         torch.cuda.synchronize()

@@ -468,7 +468,8 @@ def full_matrix_bytes(r: AttentionRequest, e: Environment) -> int:
     if not (_full_matrix_dq(r, e) or (r.needs_grad and _bias_grad(r))):
         return 0
     shape = shape_of(r, e.sm or 90)  # as large as the buckets, not as the sequences
-    return 2 * (shape.batch * r.heads_q * shape.seqlen_q * shape.seqlen_kv if shape.ragged else r.scores)
+    heads = 1 if shape.heads_apart else r.heads_q
+    return 2 * (shape.batch * heads * shape.seqlen_q * shape.seqlen_kv if shape.ragged else r.scores)
 
 
 def workspace(r: AttentionRequest, e: Environment) -> int:
@@ -476,14 +477,22 @@ def workspace(r: AttentionRequest, e: Environment) -> int:
     if not r.needs_grad:
         return 0
     shape = shape_of(r, e.sm or 90)
+    heads = 1 if shape.heads_apart else r.heads_q
     tokens = shape.most_tokens_q or shape.batch * _whole(shape.seqlen_q)
-    tokens_kv = shape.most_tokens_kv or shape.batch * _whole(shape.seqlen_kv)
-    total = tokens * r.heads_q * 4 + full_matrix_bytes(r, e)
+    total = tokens * heads * 4 + full_matrix_bytes(r, e)
     if not _full_matrix_dq(r, e):
-        total += tokens * r.heads_q * r.head_dim_qk * 4 * (2 if _ampere_class(e) else 1)
-    if r.heads_q != r.heads_kv:
+        total += tokens * heads * r.head_dim_qk * 4 * (2 if _ampere_class(e) else 1)
+    if r.heads_q != r.heads_kv and not shape.heads_apart:
+        tokens_kv = shape.most_tokens_kv or shape.batch * _whole(shape.seqlen_kv)
         total += tokens_kv * r.heads_q * (r.head_dim_qk + r.head_dim_v) * r.itemsize
     return total
+
+
+def apart_bytes(r: AttentionRequest, e: Environment) -> int:
+    """Of the gradients of k and v by query head, where heads are sequences of their own."""
+    if not r.needs_grad or r.heads_q == r.heads_kv or not shape_of(r, e.sm or 90).heads_apart:
+        return 0
+    return r.tokens_kv * r.heads_q * (r.head_dim_qk + r.head_dim_v) * r.itemsize
 
 
 def _whole(length: int) -> int:
