@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from attnrt.backends.base import FEATURE_NAMES, Backend, Reason, linear_bytes
 from attnrt.backends.cudnn.layouts import shape_of
-from attnrt.backends.cudnn.rules import RULES, apart_bytes, full_matrix_bytes, workspace
+from attnrt.backends.cudnn.memory import apart_bytes, full_matrix_bytes, workspace
+from attnrt.backends.cudnn.rules import RULES
 from attnrt.environment import Environment
 from attnrt.request import ITEMSIZE, AttentionRequest
 
