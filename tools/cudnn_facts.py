@@ -73,7 +73,7 @@ class Raw(Call):
         if self.shape.lengths:
             of_padded = None if r.packed else lengths(r, case.operands, case.q.device)
             places = launch.places(case.operands, of_padded, case.q.device)
-            given |= {Uid.LENGTH_Q: places.length_q.data_ptr(), Uid.LENGTH_KV: places.length_kv.data_ptr()} | places.at
+            given |= places.addresses()
         self.device.run(launch.plan, [given[u] for u in launch.spec.uids()])
         self.launch = launch
         torch.cuda.synchronize()
@@ -294,11 +294,15 @@ def speed_of_lengths() -> str:
         for name, options in {
             "plain": {},
             "padded": {"operands": Operands(seqlens_q=full, seqlens_kv=full)},
+            "padded bhsd": {"operands": Operands(seqlens_q=full, seqlens_kv=full), "layout": "bhsd"},
+            "padded bhsd GQA": {"operands": Operands(seqlens_q=full, seqlens_kv=full), "layout": "bhsd"},
+            "padded GQA": {"operands": Operands(seqlens_q=full, seqlens_kv=full)},
             "packed": {"operands": Operands(cu_seqlens_q=cu, cu_seqlens_kv=cu), "layout": "thd"},
         }.items():
             rows = 4 * n if name == "packed" else n
             longest = {"max_seqlen_q": n, "max_seqlen_kv": n} if name == "packed" else {}
-            case = make(rows, rows, 4, heads=(16, 16), dim=128, causal=True, **options, **longest)  # type: ignore[arg-type]
+            heads = (16, 4 if "GQA" in name else 16)
+            case = make(rows, rows, 4, heads=heads, dim=128, causal=True, **options, **longest)  # type: ignore[arg-type]
             call = Call(case.request(), device(0))
             passed = call.forward(case.q, case.k, case.v, case.operands)
             forward = timed(lambda: call.forward(case.q, case.k, case.v, case.operands))  # noqa: B023

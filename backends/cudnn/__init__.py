@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnrt.backends.base import FEATURE_NAMES, Backend, Reason, linear_bytes
-from attnrt.backends.cudnn.rules import RULES, full_matrix_bytes, workspace
+from attnrt.backends.cudnn.layouts import shape_of
+from attnrt.backends.cudnn.memory import apart_bytes, full_matrix_bytes, workspace
+from attnrt.backends.cudnn.rules import RULES
 from attnrt.environment import Environment
 from attnrt.request import ITEMSIZE, AttentionRequest
 
@@ -37,6 +39,7 @@ class CuDNN(Backend):
         if r.needs_grad:
             # The float32 dq and row sums that `linear_bytes` counts are in the workspace.
             total += workspace(r, environment) - r.tokens_q * r.heads_q * (r.head_dim_qk * 4 + 4)
+            total += apart_bytes(r, environment)
         if r.bias is not None and r.bias.requires_grad:
             total += r.bias.elements * ITEMSIZE[r.bias.dtype]
         if r.packed:
@@ -49,7 +52,8 @@ class CuDNN(Backend):
 
     def notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
         r = request
-        lengths = r.packed or (r.padded and r.layout != "bhsd")
+        shape = shape_of(r, environment.sm or 90)
+        lengths = shape.ragged and (r.layout != "bhsd" or shape.heads_apart)
         said = [
             "builds a plan once for each "
             + ("bucket of lengths (128, 512, 2048, then powers of two)" if lengths else "shape")

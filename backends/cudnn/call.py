@@ -141,7 +141,9 @@ class Call:
         if not shape.ragged:
             return torch.empty((r.batch, r.heads_q, r.seqlen_q), dtype=torch.float32, device=q.device)
         size: tuple[int, ...] = (shape.batch, r.heads_q, shape.seqlen_q)
-        if shape.packed_lse:
+        if shape.heads_apart:
+            size = (r.batch, r.heads_q, r.seqlen_q if shape.packed_lse else shape.seqlen_q)
+        elif shape.packed_lse:
             size = (q.shape[0], r.heads_q) if r.packed else (r.batch, r.seqlen_q, r.heads_q)
         return torch.full(size, -torch.inf, dtype=torch.float32, device=q.device)
 
@@ -195,17 +197,17 @@ class Call:
     def _lse(self, stats: Tensor, operands: Operands) -> Tensor:
         """(B, Hq, Sq), or (Hq, T) of a packed batch."""
         r, shape = self.request, self.shape
-        if shape.packed_lse:
-            return stats.t() if r.packed else stats.transpose(1, 2)
         if not shape.ragged:
             return stats
+        if shape.packed_lse and not shape.heads_apart:
+            return stats.t() if r.packed else stats.transpose(1, 2)
         if r.packed:
             assert operands.cu_seqlens_q is not None
             return packed_rows(stats, operands.cu_seqlens_q, r.tokens_q)
         return stats[:, :, : r.seqlen_q]
 
     def _blind(self, stats: Tensor, dead: Tensor, places: Places) -> None:
-        if self.shape.packed_lse:
+        if self.shape.packed_lse and not self.shape.heads_apart:
             stats.masked_fill_(dead[..., None], torch.inf)
         else:
             grid = dead_grid(self.request, places.length_q, places.length_kv, stats.shape[-1])
@@ -246,7 +248,9 @@ class Call:
             grad = grad.contiguous()
         launch = self._backward_launch(passed.launch, grad)
         spec = launch.spec
-        dq, dk, dv = (self._gradient(x.shape, x.dtype, x.device, shape.ragged) for x in (q, k, v))
+        heads = r.heads_q if shape.heads_apart else r.heads_kv
+        sizes = (q.shape, *(self._with_heads(x, heads) for x in (k, v)))
+        dq, dk, dv = (self._gradient(size, q.dtype, q.device, shape.ragged) for size in sizes)
         given, _, kept = self._operands(operands, q.device, passed.seed)
         given |= {
             Uid.Q: q.data_ptr(), Uid.K: k.data_ptr(), Uid.V: v.data_ptr(), Uid.O: passed.out.data_ptr(),
@@ -265,6 +269,8 @@ class Call:
             given |= places.addresses()
         self.device.run(launch.plan, [given[uid] for uid in launch.uids])
         del kept
+        if heads != r.heads_kv:
+            dk, dv = (x.unflatten(1, (r.heads_kv, -1)).sum(2) for x in (dk, dv))
         if places is not None and self.may_die:
             cu_q, cu_kv = operands.cu_seqlens_q, operands.cu_seqlens_kv
             dq.masked_fill_(over_rows(dead_rows(r, places.length_q, places.length_kv, cu_q), r.layout), 0)
@@ -299,12 +305,20 @@ class Call:
             lse = lse.masked_fill(lse == -torch.inf, torch.inf)
         if not shape.ragged:
             return lse.contiguous()
+        if shape.packed_lse and shape.heads_apart:
+            return lse.contiguous()
         if shape.packed_lse:
             return (lse.t() if r.packed else lse.transpose(1, 2)).contiguous()
         if r.packed:
             assert operands.cu_seqlens_q is not None
             return padded_rows(lse, operands.cu_seqlens_q, shape.batch, shape.seqlen_q)
         return torch.nn.functional.pad(lse, (0, shape.seqlen_q - r.seqlen_q), value=torch.inf)
+
+    def _with_heads(self, x: Tensor, heads: int) -> tuple[int, ...]:
+        """The size of k or v with another number of heads."""
+        if heads == self.request.heads_kv:
+            return x.shape
+        return x.shape[0], heads, *x.shape[2:]  # heads are apart in "bhsd" only
 
     def _gradient(self, size: tuple[int, ...], dtype: torch.dtype, device: torch.device, clear: bool) -> Tensor:
         """Cleared where the library leaves some of it as it is."""
@@ -316,11 +330,12 @@ class Call:
             do = strides_of(grad, r.layout)
             spec = backward_spec(forward.spec, r, do)
             of = {**forward.strides, Uid.AT_DO: do}
+            heads_kv = r.heads_q if self.shape.heads_apart else r.heads_kv
             sizes = (
                 (Uid.AT_DQ, r.heads_q, r.seqlen_q, r.head_dim_qk),
-                (Uid.AT_DK, r.heads_kv, r.seqlen_kv, r.head_dim_qk),
+                (Uid.AT_DK, heads_kv, r.seqlen_kv, r.head_dim_qk),
             )
-            for uid, heads, seqlen, dim in (*sizes, (Uid.AT_DV, r.heads_kv, r.seqlen_kv, r.head_dim_v)):
+            for uid, heads, seqlen, dim in (*sizes, (Uid.AT_DV, heads_kv, r.seqlen_kv, r.head_dim_v)):
                 of[uid] = contiguous(r.layout, heads, seqlen, dim, r.batch)
             found = forward.backwards[grad.stride()] = Launch(self.device, r, spec, of)
         return found

@@ -135,6 +135,7 @@ def forward_spec(
     else:
         size_kv, batch_kv = r.seqlen_kv, r.batch
     heads_q, heads_kv, dim_qk, dim_v = r.heads_q, r.heads_kv, r.head_dim_qk, r.head_dim_v
+    of_graph = (1, 1) if shape.heads_apart else (heads_q, heads_kv)
     if r.bias is not None and bias is None:
         dims = r.bias.shape
         bias = Plane(dims, dense(dims), r.bias.dtype)
@@ -142,8 +143,8 @@ def forward_spec(
         backward=False,
         dtype=r.dtype,
         shape=shape,
-        heads_q=heads_q,
-        heads_kv=heads_kv,
+        heads_q=of_graph[0],
+        heads_kv=of_graph[1],
         dim_qk=dim_qk,
         dim_v=dim_v,
         scale=r.scale,
@@ -206,7 +207,7 @@ def _settled(
     if not shape.ragged:
         return strides.of((shape.batch, heads, seqlen))
     # Any number of rows but one stands for all: the stride of a single head must not have the length in it.
-    settled = strides.of((1, heads, 2 if r.packed or seqlen > 1 else 1))
+    settled = strides.of((1, 1 if shape.heads_apart else heads, 2 if r.packed or seqlen > 1 else 1))
     return settled._replace(batch=(shape.seqlen_q if queries else shape.seqlen_kv) * settled.row)
 
 

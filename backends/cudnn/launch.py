@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,27 +16,45 @@ from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
 
 _KEYS = frozenset({Uid.AT_K, Uid.AT_V, Uid.AT_DK, Uid.AT_DV})
+_SHARED = frozenset({Uid.AT_K, Uid.AT_V})
+"""Read by every query head of a group. Gradients cannot be written by all of them, and are added up after."""
 
 
 class Places(NamedTuple):
-    """Where each sequence is: lengths (B',) int32, and the address of each tensor's offsets, (B' + 1,) in elements."""
+    """Where each sequence is.
+
+    length_q, length_kv: (B,) int32, of the call's sequences. read_q, read_kv: the same as the plan reads them, one for
+    each of its own sequences. at: the address of each tensor's offsets, (B' + 1,) in elements, within `kept`.
+    """
 
     length_q: Tensor
     length_kv: Tensor
+    read_q: Tensor
+    read_kv: Tensor
     at: dict[Uid, int]
     kept: tuple[Tensor, ...] = ()
-    """The memory that `at` points into."""
 
     def addresses(self) -> dict[Uid, int]:
-        return {Uid.LENGTH_Q: self.length_q.data_ptr(), Uid.LENGTH_KV: self.length_kv.data_ptr()} | self.at
+        return {Uid.LENGTH_Q: self.read_q.data_ptr(), Uid.LENGTH_KV: self.read_kv.data_ptr()} | self.at
+
+
+class Lane(NamedTuple):
+    """How a padded tensor lies, in elements: from a sequence to the next, from a head to the next, and how many of the
+    plan's heads read one. Where the plan knows the heads' stride, the latter two are 0 and 1."""
+
+    batch: int
+    head: int
+    group: int
+
+    def offsets(self, batch: int, heads: int, **where: Any) -> Tensor:
+        """(batch * heads + 1,): where each of the plan's sequences begins, and where the last ends."""
+        of_head = torch.arange(heads, **where) // self.group * self.head
+        starts = torch.arange(batch + 1, **where)[:, None] * self.batch + of_head
+        return starts.flatten()[: batch * heads + 1]
 
 
 class Launch:
-    """A plan, and its tensors' strides.
-
-    steps: for each ragged tensor, elements from one token to the next (packed) or from one sequence to the next
-    (padded), by the uid of its offsets.
-    """
+    """A plan, and where it finds the sequences of tensors with certain strides."""
 
     def __init__(self, gpu: Device, request: AttentionRequest, spec: GraphSpec, strides: dict[Uid, Strides]) -> None:
         self.request, self.spec, self.strides = request, spec, strides
@@ -45,27 +63,37 @@ class Launch:
         self.backwards: dict[tuple[int, ...], Launch] = {}
         """Of a forward: its backwards, by the strides of the output gradient."""
         self.wide = torch.int64 if spec.wide_offsets else torch.int32
-        uids = self.uids
-        r = request
-        steps = {uid: s.row if r.packed else s.batch for uid, s in strides.items() if uid in uids}
-        if Uid.AT_STATS in uids:
-            steps[Uid.AT_STATS] = r.heads_q * (1 if r.packed else r.seqlen_q)
-        self.steps = {uid: step for uid, step in steps.items() if uid in uids}
-        # The same cu_seqlens for queries and keys: one product serves both.
-        self.together = r.packed and r.same_lengths
+        self.steps: dict[Uid, Any] = {}
+        """Of each ragged tensor: elements from one token to the next (packed), or its `Lane` (padded)."""
+        if spec.shape.ragged:
+            self._find(strides)
+
+    def _find(self, strides: dict[Uid, Strides]) -> None:
+        r, apart = self.request, self.spec.shape.heads_apart
+        strides = {uid: s for uid, s in strides.items() if uid in self.uids}
+        if r.packed:
+            self.steps = {uid: s.row for uid, s in strides.items()}
+            stats: Any = r.heads_q
+        elif apart:
+            group = r.heads_q // r.heads_kv
+            self.steps = {uid: Lane(s.batch, s.head, group if uid in _SHARED else 1) for uid, s in strides.items()}
+            stats = Lane(r.heads_q * r.seqlen_q, r.seqlen_q, 1)
+        else:
+            self.steps = {uid: Lane(s.batch, 0, 1) for uid, s in strides.items()}
+            stats = Lane(r.heads_q * r.seqlen_q, 0, 1)
+        if Uid.AT_STATS in self.uids:
+            self.steps[Uid.AT_STATS] = stats
+        # One table where lengths are padded, or queries and keys have the same cu_seqlens.
+        self.together = not r.packed or r.same_lengths
         queries = [n for uid, n in self.steps.items() if uid not in _KEYS or self.together]
         self.step_q = tuple(dict.fromkeys(queries))
         self.step_kv = () if self.together else tuple(dict.fromkeys(n for u, n in self.steps.items() if u in _KEYS))
 
     def places(self, operands: Operands, lengths: tuple[Tensor, Tensor] | None, device: torch.device) -> Places:
         """Lengths and offsets of this call's sequences. lengths: those of a padded batch."""
-        batch = self.spec.shape.batch
         if lengths is not None:
-            if not self.spec.shape.ragged:
-                return Places(*lengths, {})
-            table = tuple(tuple(b * n for b in range(batch + 1)) for n in (*self.step_q, *self.step_kv))
-            offsets = CONSTANTS.get(table, self.wide, device)
-            return Places(*lengths, self._addresses(offsets, None), (offsets,))
+            return self._padded(*lengths, device)
+        batch = self.spec.shape.batch
         cu_q, cu_kv = operands.cu_seqlens_q, operands.cu_seqlens_kv
         assert cu_q is not None and cu_kv is not None
         same = self.together
@@ -76,25 +104,40 @@ class Launch:
             cu_kv = cu_q if same else cu_kv.index_select(0, index)
         length_q = cu_q[1:] - cu_q[:-1]
         length_kv = length_q if same else cu_kv[1:] - cu_kv[:-1]
+        found = length_q, length_kv, length_q, length_kv
         offsets = cu_q * CONSTANTS.get(tuple((n,) for n in self.step_q), self.wide, device)
         if same:
-            return Places(length_q, length_kv, self._addresses(offsets, None), (offsets,))
+            return Places(*found, self._addresses(offsets, None), (offsets,))
         offsets_kv = cu_kv * CONSTANTS.get(tuple((n,) for n in self.step_kv), self.wide, device)
-        return Places(length_q, length_kv, self._addresses(offsets, offsets_kv), (offsets, offsets_kv))
+        return Places(*found, self._addresses(offsets, offsets_kv), (offsets, offsets_kv))
+
+    def _padded(self, length_q: Tensor, length_kv: Tensor, device: torch.device) -> Places:
+        r, shape = self.request, self.spec.shape
+        if not shape.ragged:
+            return Places(length_q, length_kv, length_q, length_kv, {})
+        heads = r.heads_q if shape.heads_apart else 1
+
+        def make() -> Tensor:
+            return torch.stack([n.offsets(r.batch, heads, dtype=self.wide, device=device) for n in self.step_q])
+
+        offsets = CONSTANTS.get(("offsets", r.batch, heads, self.step_q), self.wide, device, make)
+        read_q, read_kv = length_q, length_kv
+        if shape.heads_apart:
+            read_q = length_q[:, None].expand(-1, heads).reshape(-1).contiguous()
+            read_kv = read_q if length_kv is length_q else length_kv[:, None].expand(-1, heads).reshape(-1).contiguous()
+        return Places(length_q, length_kv, read_q, read_kv, self._addresses(offsets, None), (offsets,))
 
     def _addresses(self, offsets: Tensor, offsets_kv: Tensor | None) -> dict[Uid, int]:
-        """Of each tensor's row; without `offsets_kv`, those of the keys follow the queries' in one table."""
+        """Of each tensor's row; without `offsets_kv` the keys' are among the queries'."""
         first = offsets.data_ptr()
         step = (self.spec.shape.batch + 1) * offsets.element_size()
-        at = {}
-        for uid, n in self.steps.items():
-            if uid not in _KEYS or self.together:
-                at[uid] = first + self.step_q.index(n) * step
-            elif offsets_kv is not None:
-                at[uid] = offsets_kv.data_ptr() + self.step_kv.index(n) * step
-            else:
-                at[uid] = first + (len(self.step_q) + self.step_kv.index(n)) * step
-        return at
+        if offsets_kv is None:
+            return {uid: first + self.step_q.index(n) * step for uid, n in self.steps.items()}
+        keys = offsets_kv.data_ptr()
+        return {
+            uid: keys + self.step_kv.index(n) * step if uid in _KEYS else first + self.step_q.index(n) * step
+            for uid, n in self.steps.items()
+        }
 
 
 def readable(bias: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ LENGTH_BUCKETS = (128, 512, 2048)
 None is for one token: the engine for a single query writes the LSE of ragged sequences for the first head of each KV
 group only (https://github.com/NVIDIA/cudnn-frontend/issues/1083; seen with cuDNN 9.19 on an H200 too).
 """
+MOST_SEQUENCES = 1 << 15
+"""Of a graph whose heads are sequences; a grid has room for twice as many."""
 FREE_WORKSPACE = 512 << 20
 """Bytes of the packed backward's workspace up to which its plan need not know how many tokens there are."""
 
@@ -69,7 +71,8 @@ class Shape(NamedTuple):
 
     lengths: a padding mask by each sequence's own length. ragged: sequences start at offsets given at run time, so that
     neither the batch stride nor the exact longest length is part of the plan. packed_lse: the LSE is (tokens, Hq), as
-    the tokens are; otherwise (B, Hq, Sq).
+    the tokens are; otherwise (B, Hq, Sq). heads_apart: each head of each sequence is a sequence of one head, so that
+    the heads' stride, which in "bhsd" has the length in it, is an offset too.
     """
 
     batch: int
@@ -80,6 +83,7 @@ class Shape(NamedTuple):
     packed_lse: bool
     most_tokens_q: int | None = None
     most_tokens_kv: int | None = None
+    heads_apart: bool = False
 
 
 def shape_of(r: AttentionRequest, sm: int) -> Shape:
@@ -91,6 +95,10 @@ def shape_of(r: AttentionRequest, sm: int) -> Shape:
     batch = 1 << (r.batch - 1).bit_length() if r.packed else r.batch
     seqlen_q, seqlen_kv = bucket(r.seqlen_q), bucket(r.seqlen_kv)
     ampere = sm < 90 or sm >= 120  # their backward reads a padded LSE only
+    # A sink is a head's, and the graph takes one number for each of its heads.
+    apart = r.layout == "bhsd" and not r.sinks and r.batch * r.heads_q <= MOST_SEQUENCES
+    if apart:
+        return Shape(r.batch * r.heads_q, seqlen_q, seqlen_kv, True, True, not ampere, heads_apart=True)
     shape = Shape(batch, seqlen_q, seqlen_kv, True, True, not ampere)
     if not r.packed or ampere or r.head_dim_qk % 16 or r.head_dim_v % 16:  # cudnn-frontend ignores the totals then
         return shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from threading import Lock
 from typing import Any
 
@@ -13,7 +14,7 @@ from attnrt.backends.cudnn.device import capturing
 from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
 
-MOST_CONSTANTS = 4096
+MOST_CONSTANTS, MOST_BYTES = 4096, 64 << 20
 
 
 class Constants:
@@ -25,10 +26,18 @@ class Constants:
     def __init__(self) -> None:
         self._made: OrderedDict[Any, Tensor] = OrderedDict()
         self._captured: dict[Any, Tensor] = {}
+        self._bytes = 0
         self._lock = Lock()
 
-    def get(self, values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The numbers as a tensor; rows of a table as tuples of one length."""
+    def get(
+        self,
+        values: tuple[Any, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        make: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """The numbers as a tensor; rows of a table as tuples of one length. With `make`, which makes it on the device,
+        `values` is what stands for them."""
         key = (values, dtype, device)
         found = self._captured.get(key)
         if found is None:
@@ -38,12 +47,13 @@ class Constants:
         captured = capturing()
         if found is None:
             if captured:  # numbers of the host cannot be copied now, and nothing may be kept of what is made now
-                return _on_device(values, dtype, device)
-            found = torch.tensor(values, dtype=dtype, device=device)
+                return _on_device(values, dtype, device) if make is None else make()
+            found = torch.tensor(values, dtype=dtype, device=device) if make is None else make()
             with self._lock:
                 self._made[key] = found
-                while len(self._made) > MOST_CONSTANTS:
-                    self._made.popitem(last=False)
+                self._bytes += found.nbytes
+                while len(self._made) > MOST_CONSTANTS or (self._bytes > MOST_BYTES and len(self._made) > 1):
+                    self._bytes -= self._made.popitem(last=False)[1].nbytes
         elif captured:
             self._captured[key] = found
         return found

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from attnrt.backends.base import reasons
 from attnrt.backends.cudnn import CuDNN
-from attnrt.backends.cudnn.rules import workspace
+from attnrt.backends.cudnn.memory import workspace
 from attnrt.environment import NAMED, Environment
 from attnrt.request import AttentionRequest, Operand
 

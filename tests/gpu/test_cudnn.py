@@ -84,6 +84,11 @@ SMOKE: dict[str, Any] = {
     "packed, causal": lambda: packed(1, 700, 0, 129, 1300, 128, causal=True),
     "padded bshd": lambda: padded(300, (300, 17, 0, 128), causal=True),
     "padded bhsd": lambda: padded(300, (300, 17, 0, 128), layout="bhsd"),
+    "padded bhsd, GQA, causal": lambda: padded(300, (300, 17, 0, 128), layout="bhsd", heads=(8, 2), causal=True),
+    "padded bhsd, slices of one tensor": lambda: sliced(padded(300, (300, 17, 0, 128), layout="bhsd")),
+    "padded bhsd, other keys": lambda: padded(
+        200, (200, 33, 5, 0), (70, 130, 0, 9), seqlen_kv=130, layout="bhsd", causal=True, alignment="bottom_right"
+    ),
     "padded, other keys": lambda: padded(
         200, (200, 33, 5, 0), (70, 130, 0, 9), seqlen_kv=130, causal=True, alignment="bottom_right"
     ),
@@ -122,6 +127,13 @@ LARGE: dict[str, Any] = {
     "bias of odd rows": lambda: biased(77, (77, 77)),
     "sinks, window": lambda: with_sinks(1500, window=(128, 0), heads=(4, 2), dim=64),
 }
+
+
+def sliced(case: Case) -> Case:
+    """q, k and v side by side in one (B, S, 3, H, D) tensor, as a projection leaves them."""
+    whole = torch.stack([x.detach().transpose(1, 2) for x in (case.q, case.k, case.v)], 2)
+    q, k, v = (x.transpose(1, 2).requires_grad_() for x in whole.unbind(2))
+    return replace(case, q=q, k=k, v=v)
 
 
 @pytest.mark.parametrize("name", SMOKE)

@@ -134,7 +134,7 @@ def test_many_threads() -> None:
     assert plans().counters.built + plans().counters.loaded == 10
 
 
-@pytest.mark.parametrize("kind", ["packed", "padded"])
+@pytest.mark.parametrize("kind", ["packed", "bshd", "bhsd", "sbhd"])
 def test_two_hundred_lengths(kind: str) -> None:
     """A training sweep builds at most ten plans, forward and backward together."""
     generator = torch.Generator().manual_seed(0)
@@ -145,8 +145,7 @@ def test_two_hundred_lengths(kind: str) -> None:
         if kind == "packed":
             case = packed(*numbers, heads=(2, 1), causal=True)
         else:
-            # "bshd": in "bhsd" the heads' stride has the length in it, and a plan is for its strides.
-            case = padded(n, tuple(numbers), heads=(2, 1), causal=True)
+            case = padded(n, tuple(numbers), layout=kind, heads=(2, 1), causal=True)
         found = run(BACKEND, case, environment())
         if i % 20 == 0:
             with torch.device("cuda"):

@@ -105,7 +105,14 @@ def test_buckets() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [{"packed": True}, {"padded": True}, {"padded": True, "layout": "sbhd"}, {"padded": True, "heads_kv": 1}],
+    [
+        {"packed": True},
+        {"padded": True},
+        {"padded": True, "layout": "sbhd"},
+        {"padded": True, "heads_kv": 1},
+        {"padded": True, "layout": "bhsd"},
+        {"padded": True, "layout": "bhsd", "heads_kv": 2},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("sm", [80, 90, 100])
