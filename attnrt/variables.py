@@ -1,19 +1,16 @@
 """The environment variables, parsed strictly: a malformed value or an unknown `ATTNRT_` name is an error.
 
-Plain Python: the first call of a process waits for this, and pydantic alone would take it 100 ms to import.
+Where none is set nothing has to be parsed, and a process's first call does not wait for pydantic, 100 ms.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from attnrt import registry
-from attnrt.errors import UnknownNameError, VariableError, nearest
+from attnrt.errors import VariableError, nearest
 from attnrt.settings import NAMES
 
 VALUES = {
@@ -39,92 +36,29 @@ _NVTE = {
 }
 
 
-def _names(variable: str, kernels: bool = False) -> Callable[[str], tuple[str, ...]]:
-    def parse(value: str) -> tuple[str, ...]:
-        found = tuple(n.strip() for n in value.split(",") if n.strip())
-        for name in found:
-            registry.check_name(variable, name, kernels=kernels)
-        return found
-
-    return parse
-
-
-def _backend(value: str) -> str:
-    registry.check_name("ATTNRT_BACKEND", value)
-    return value
-
-
-def _policy(value: str) -> str:
-    from attnrt.policies.preference import is_path, policy_names
-
-    if not is_path(value) and value not in policy_names():
-        raise UnknownNameError("ATTNRT_POLICY", value, policy_names())
-    return value
-
-
-def _report(value: str) -> str:
-    if value not in ("off", "once", "each"):
-        raise ValueError("there is no such mode")
-    return value
-
-
-_SIZE = re.compile(r"([0-9]*\.?[0-9]+)\s*(?:([kmgtpe]?)(i?)b?)", re.IGNORECASE)
-
-
-def _bytes(value: str) -> int:
-    """-1 for unlimited."""
-    if value.strip().lower() == "unlimited":
-        return -1
-    found = _SIZE.fullmatch(value.strip())
-    if found is None or (found[3] and not found[2]):
-        raise ValueError("that is no number of bytes")
-    step = 1024 if found[3] else 1000
-    return int(float(found[1]) * step ** " kmgtpe".index(found[2].lower() or " "))
-
-
-def _switch(value: str) -> bool:
-    if value.strip() not in ("0", "1"):
-        raise ValueError("0 or 1 is needed")
-    return value.strip() == "1"
-
-
-def _integer(value: str) -> int:
-    try:
-        return int(value)
-    except ValueError:
-        raise ValueError("that is no integer") from None
-
-
 def _cache_dir() -> Path:
     from platformdirs import user_cache_path
 
     return user_cache_path("attnrt")
 
 
-def _from(name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
-    return {"name": name, "parse": parse}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Variables:
-    """The values of every environment variable, parsed."""
+    """The values of every environment variable, parsed. The fields are named as the variables are."""
 
-    backend: str | None = field(default=None, metadata=_from("ATTNRT_BACKEND", _backend))
-    prefer: tuple[str, ...] = field(default=(), metadata=_from("ATTNRT_PREFER", _names("ATTNRT_PREFER")))
-    disable: tuple[str, ...] = field(
-        default=(), metadata=_from("ATTNRT_DISABLE", _names("ATTNRT_DISABLE", kernels=True))
-    )
-    policy: str | None = field(default=None, metadata=_from("ATTNRT_POLICY", _policy))
-    report: Literal["off", "once", "each"] = field(default="off", metadata=_from("ATTNRT_REPORT", _report))
-    cache_dir: Path = field(default_factory=_cache_dir, metadata=_from("ATTNRT_CACHE_DIR", Path))
-    unfused_limit: int | None = field(default=None, metadata=_from("ATTNRT_UNFUSED_LIMIT", _bytes))
-    verify: bool = field(default=False, metadata=_from("ATTNRT_VERIFY", _switch))
-    nvte_flash_attn: int = field(default=1, metadata=_from("NVTE_FLASH_ATTN", _integer))
-    nvte_fused_attn: int = field(default=1, metadata=_from("NVTE_FUSED_ATTN", _integer))
-    nvte_unfused_attn: int = field(default=1, metadata=_from("NVTE_UNFUSED_ATTN", _integer))
-    nvte_allow_nondeterministic_algo: int = field(
-        default=1, metadata=_from("NVTE_ALLOW_NONDETERMINISTIC_ALGO", _integer)
-    )
+    backend: str | None = None
+    prefer: tuple[str, ...] = ()
+    disable: tuple[str, ...] = ()
+    policy: str | None = None
+    report: Literal["off", "once", "each"] = "off"
+    cache_dir: Path = field(default_factory=_cache_dir)
+    unfused_limit: int | None = None
+    """Bytes; -1 for unlimited."""
+    verify: bool = False
+    nvte_flash_attn: int = 1
+    nvte_fused_attn: int = 1
+    nvte_unfused_attn: int = 1
+    nvte_allow_nondeterministic_algo: int = 1
 
     @property
     def deterministic(self) -> bool:
@@ -141,7 +75,7 @@ class Variables:
 
 
 def read_variables() -> Variables:
-    """Parse os.environ; an empty value is as good as none.
+    """Read os.environ; an empty value is as good as none.
 
     Raises:
         VariableError: every malformed value and unknown `ATTNRT_` name, in one message.
@@ -153,15 +87,11 @@ def read_variables() -> Variables:
         if name.startswith("ATTNRT_") and name not in NAMES
     ]
     given: dict[str, Any] = {}
-    for known in fields(Variables):
-        name = known.metadata["name"]
-        if not (value := os.environ.get(name)):
-            continue
-        try:
-            given[known.name] = known.metadata["parse"](value)
-        except ValueError as error:
-            said = str(error).removeprefix(f"{name}={value!r}: ")
-            problems.append(f"{name}={value!r}: {said}; it takes {VALUES[name]}")
+    if any(os.environ.get(name) for name in VALUES):
+        from attnrt.given import parse
+
+        given, malformed = parse()
+        problems += [f"{name}={os.environ.get(name)!r}: {said}; it takes {VALUES[name]}" for name, said in malformed]
     if problems:
         raise VariableError("; ".join(problems))
     return Variables(**given)

@@ -36,6 +36,7 @@ NEEDED = (
     "platformdirs",
     "psutil",
     "pydantic",
+    "pydantic_settings",
     "pytest",
     "rich",
     "triton",

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import attnrt
-from attnrt import settings, variables
+from attnrt import given, settings, variables
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKEND_PACKAGES = ("triton", "cudnn", "flash_attn", "flash_attn_interface")
@@ -116,7 +116,8 @@ def test_public_names() -> None:
 def test_environment_variables() -> None:
     assert list(settings.NAMES) == VARIABLES
     assert list(variables.VALUES) == VARIABLES
-    assert [field.metadata["name"] for field in fields(variables.Variables)] == VARIABLES
+    assert [field.validation_alias for field in given.Given.model_fields.values()] == VARIABLES
+    assert list(given.Given.model_fields) == [field.name for field in fields(variables.Variables)]
 
 
 def with_examples() -> list[str]:
