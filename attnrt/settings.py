@@ -84,29 +84,47 @@ def current_context() -> Context:
 
 def inherited_context() -> Context:
     """In a backward pass without overrides of its own."""
-    found = _of_caller()
-    return NO_CONTEXT if found is None else found[1]
+    holder = _holder()
+    return NO_CONTEXT if holder is None or holder.thread == get_ident() else holder.context
 
 
-def _of_caller() -> tuple[int, Context] | None:
-    """In a thread of autograd's: which thread asked for the backward pass, and its overrides."""
-    if not torch._C._is_key_in_tls(_TLS):
-        return None
-    found: tuple[int, Context] = torch._C._get_obj_in_tls(_TLS)
-    return None if found[0] == get_ident() else found
+class _Holder:
+    """A thread's overrides, where autograd's threads find them while it waits for a backward pass."""
+
+    __slots__ = ("context", "thread")
+
+    def __init__(self, context: Context) -> None:
+        self.context, self.thread = context, get_ident()
+
+
+_held: list[tuple[_Holder, _Holder]] = []
+"""Two references to each: torch 2.11 gives one up that it never took, when the thread ends."""
+
+
+def _holder() -> _Holder | None:
+    """This thread's, or in a thread of autograd's that of the one that asked for the backward pass."""
+    return torch._C._get_obj_in_tls(_TLS) if torch._C._is_key_in_tls(_TLS) else None
 
 
 def _open(context: Context) -> Token[Context]:
     token = _context.set(context)
-    if _of_caller() is None:
-        torch._C._stash_obj_in_tls(_TLS, (get_ident(), context))
+    _hold(context)
     return token
 
 
 def _close(token: Token[Context]) -> None:
     _context.reset(token)
-    if _of_caller() is None:
-        torch._C._stash_obj_in_tls(_TLS, (get_ident(), own_context()))
+    _hold(own_context())
+
+
+def _hold(context: Context) -> None:
+    holder = _holder()
+    if holder is None:
+        holder = _Holder(context)
+        _held.append((holder, holder))
+        torch._C._stash_obj_in_tls(_TLS, holder)
+    elif holder.thread == get_ident():
+        holder.context = context
 
 
 def _words_of(backend: str | None, prefer: Any, disable: Any, policy: PolicySpec, lifted: bool) -> str:

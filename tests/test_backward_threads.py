@@ -95,3 +95,19 @@ def test_another_thread_has_none_of_it() -> None:
         thread.start()
         thread.join()
     assert found == [None]
+
+
+def test_threads_that_end_leave_nothing_broken() -> None:
+    """PyTorch 2.11 gives up a reference that it never took for what lies in its thread-local state."""
+    found: list[str | None] = []
+
+    def work() -> None:
+        for name in ("reference", "torch"):
+            with attnrt.use_backend(name):
+                deep(lambda: found.append(current_context().backend))
+
+    for _ in range(20):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert found == ["reference", "torch"] * 20
