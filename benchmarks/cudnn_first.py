@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from cudnn_calls import device, ours, plans, tensors, theirs
 
-import attnrt
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -45,16 +43,20 @@ def first_calls() -> dict[str, float]:
 
 def stages() -> dict[str, float]:
     """Milliseconds that ours spends on a new shape, stage by stage, forward and backward: best of five shapes."""
+    from attnrt import runtime
     from attnrt.backends.cudnn.graphs import specs
+    from attnrt.operands import NO_OPERANDS
 
     gpu, rows = device(0), []
+    options: dict[str, Any] = dict.fromkeys(
+        ("window", "alignment", "softcap", "scale", "max_seqlen_q", "max_seqlen_kv", "deterministic", "policy")
+    )
+    options |= {"layout": "bhsd", "causal": True, "dropout_p": 0.0, "return_lse": False, "backend": "reference"}
     for length in (1016, 1080, 1144, 1208, 1272):
-        ours(tensors(2, 8, length, 128), True)
-        decision = attnrt.last_decision()
-        assert decision is not None
+        qkv = tensors(2, 8, length, 128)
         times: dict[str, float] = {}
         start = time.perf_counter()
-        attnrt.explain(*tensors(2, 8, length + 2, 128), causal=True, backend="reference")
+        decision = runtime.decide(*qkv, NO_OPERANDS, **options)
         times["choosing, without the library"] = 1e3 * (time.perf_counter() - start)
         for spec in specs(decision.request, gpu.sm):
             way = "backward" if spec.backward else "forward"

@@ -347,7 +347,7 @@ def host_time_in_autograds_thread() -> str:
     that this thread uses too, with one of its own, and with nothing to do. Medians; whole: of `torch.autograd.grad`."""
     from array import array
 
-    from attnrt.backends.cudnn.device import create_handle, current_stream
+    from attnrt.backends.cudnn.device import _direct, create_handle, current_stream
 
     case = make(128, 128, heads=(4, 4), return_lse=False, causal=True)
     gpu, call = device(0), Call(case.request(), device(0))
@@ -359,14 +359,16 @@ def host_time_in_autograds_thread() -> str:
     pointers = [x.data_ptr() for x in (q, k, v, out, stats, case.grad, *grads)]
     own = create_handle(gpu.cudnn, 0)
     gpu.cudnn.set_stream(handle=own, stream=current_stream(0))
-    lowered = plan.graph._lowered_graph._execute_with_raw_ptrs
+    direct = _direct(plan.graph)
+    assert direct is not None
+    execute, index = direct
     given = array("Q", pointers)
     workspace = torch.empty(max(1, plan.workspace), dtype=torch.uint8, device="cuda")
     address, count, space = given.buffer_info()[0], len(pointers), workspace.data_ptr()
     ways: dict[str, Callable[[], Any]] = {
         "nothing": lambda: None,
-        "shared handle": lambda: lowered(address, count, space, gpu.raw, -1),
-        "own handle": lambda: lowered(address, count, space, int(getattr(own, "backend_handle", own)), -1),
+        "shared handle": lambda: execute(address, count, space, gpu.raw, index),
+        "own handle": lambda: execute(address, count, space, int(getattr(own, "backend_handle", own)), index),
         "device.run": lambda: gpu.run(plan, pointers),
         "workspace alone": lambda: torch.empty(plan.workspace, dtype=torch.uint8, device=gpu.torch_device),
         "three gradients alone": lambda: [torch.empty_like(x) for x in (q, k, v)],

@@ -118,7 +118,8 @@ class Launch:
         heads = r.heads_q if shape.heads_apart else 1
 
         def make() -> Tensor:
-            return torch.stack([n.offsets(r.batch, heads, dtype=self.wide, device=device) for n in self.step_q])
+            # In 64 bits first: the stride of a single sequence may be any number.
+            return torch.stack([n.offsets(r.batch, heads, device=device) for n in self.step_q]).to(self.wide)
 
         offsets = CONSTANTS.get(("offsets", r.batch, heads, self.step_q), self.wide, device, make)
         read_q, read_kv = length_q, length_kv
