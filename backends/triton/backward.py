@@ -156,6 +156,15 @@ def balance(
     tl.store(DELTA + stats + rows, delta * share)
 
 
+@triton.jit
+def in_turn(x, row, PRECISION: tl.constexpr):
+    """x, which a loop over rows does not change, as if it did. Else its rounding to TF32 would move to before the loop,
+    and hold x in registers all the while instead of in shared memory."""
+    if PRECISION == "tf32":
+        x = tl.where(row >= 0, x, 0.0)
+    return x
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def dkdv(
     Q, K, V, DOUT, LSE2, DELTA, DK, DV, Q_DESCRIPTOR, K_DESCRIPTOR, V_DESCRIPTOR, DOUT_DESCRIPTOR,
@@ -199,7 +208,7 @@ def dkdv(
                 Q, Q_DESCRIPTOR, entry, h, begin_q + m0, end_q, DIM_QK, BLOCK_QK, BLOCK_M, True
             )  # fmt: skip
             s, kept = scores_of(
-                product(k, q, PRECISION), rows[None, :], cols[:, None], b, h, shift, length_q,
+                product(in_turn(k, m0, PRECISION), q, PRECISION), rows[None, :], cols[:, None], b, h, shift, length_q,
                 length_kv, scale, softcap, slope, BIAS, PRECISE,
             )  # fmt: skip
             seen = visible(
@@ -210,7 +219,7 @@ def dkdv(
             dout = load_tile(
                 DOUT, DOUT_DESCRIPTOR, entry, h, begin_q + m0, end_q, DIM_V, BLOCK_V, BLOCK_M, True
             )  # fmt: skip
-            dp = product(v, dout, PRECISION)
+            dp = product(in_turn(v, m0, PRECISION), dout, PRECISION)
             weights = p
             if SEED is not None:
                 there = survives(seed, dropout_p, b, h, heads, rows[None, :], cols[:, None])
