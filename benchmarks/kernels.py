@@ -159,7 +159,7 @@ def calls(shape: Shape, qkv: list[Tensor], operands: Operands, layout: str) -> d
 
     made: dict[str, Prepare] = {}
     for name, kernel in ours().items():
-        refused = {r.id for r in reasons(kernel.all_rules, request, environment())} - SPEED_RULES
+        refused = {r.rule for r in reasons(kernel.all_rules, request, environment())} - SPEED_RULES
         wanted = name == "triton[decode]" if shape.kind == "decode" else name != "triton[decode]"
         if wanted and not refused and not (request.needs_grad and name == "triton[hopper]"):
             made[name] = partial(prepared, kernel)
