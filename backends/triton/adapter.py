@@ -47,6 +47,8 @@ class Plan:
     """The GPU fetches tiles by descriptor (sm90 and later)."""
     hopper: bool = False
     """The forward is the Gluon kernel."""
+    whole: bool = True
+    """The backward's output and LSE are of the keys that it gets, and not of more (`pair`)."""
     constants: dict[str, Any] = field(init=False)
     """Compile-time constants of every pass."""
     forward: Recording = field(default_factory=Recording)
@@ -111,9 +113,9 @@ class Plan:
         return r.scale, r.softcap, r.dropout_p or None, r.left, r.right
 
 
-def plan_for(request: AttentionRequest, environment: Environment, hopper: bool = False) -> Plan:
+def plan_for(request: AttentionRequest, environment: Environment, hopper: bool = False, whole: bool = True) -> Plan:
     tiles = {name: tile_for(name, request, environment) for name in PASSES}
-    return Plan(request, tiles, tma=environment.sm is not None and environment.sm >= 90, hopper=hopper)
+    return Plan(request, tiles, tma=environment.sm is not None and environment.sm >= 90, hopper=hopper, whole=whole)
 
 
 def prepare(request: AttentionRequest, environment: Environment, hopper: bool = False) -> Run:
@@ -132,7 +134,7 @@ def prepare(request: AttentionRequest, environment: Environment, hopper: bool = 
 
 def pair(request: AttentionRequest, environment: Environment, hopper: bool = False) -> tuple[Forward, Backward]:
     """See `Kernel.pair`."""
-    plan = plan_for(request, environment, hopper)
+    plan = plan_for(request, environment, hopper, whole=False)
 
     def forward(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         out, lse, seed = launch_forward(plan, q, k, v, operands)
@@ -294,7 +296,7 @@ def _backward_pass(plan: Plan, launch: Any, tensors: Sequence[Any]) -> None:
         **{n: plan.constants[n] for n in ("DIM_V", "BLOCK_V", "PACKED")},
         num_warps=4,
     )
-    if r.dtype == "fp32" and (dq is not None or dk is not None or dbias is not None):
+    if r.dtype == "fp32" and plan.whole and (dq is not None or dk is not None or dbias is not None):
         tile = plan.tiles["dq"]
         tiles = -(-r.seqlen_q // tile.block_m)
         launch(

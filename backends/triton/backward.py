@@ -107,7 +107,8 @@ def balance(
     rowsum(dO * O) is the same number in another order of roundings. Where a row sees next to one key, dP - delta
     cancels to nothing, and what is left of it is the difference of the two roundings: about eps |dO| |v|, which
     PyTorch's softmax does not have. So the mean of dP - delta over the row is added to delta. The mean is small, hence
-    precise, and a row of one key comes to dP exactly.
+    precise, and a row of one key comes to dP exactly. Only where the LSE is that of these keys: of a part of the keys,
+    sum P is not 1.
     """
     tile, pair = place(tiles, pairs, section, LONGEST_FIRST)
     b, h = pair // heads, pair % heads
