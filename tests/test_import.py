@@ -84,6 +84,20 @@ print(json.dumps({
 """
 
 
+CHOICES = """
+import json, sys, torch, attnrt
+sizes = {"batch": 2, "heads_q": 8, "seqlen_q": 512, "seqlen_kv": 512, "head_dim": 128}
+decode = {"heads_kv": 2, "seqlen_q": 1, "seqlen_kv": 4096, "alignment": "bottom_right"}
+for call in (
+    {}, {"training": True}, {"packed": True, "training": True}, {"sinks": True, "return_lse": True}, {"alibi": True},
+    {"bias": True}, {"softcap": 30.0, "deterministic": True, "training": True}, decode, decode | {"page_size": 16},
+):
+    for machine in ("h200", "b200", "a100"):
+        str(attnrt.explain_shape(environment=machine, **sizes | call))
+print(json.dumps(sorted(sys.modules)))
+"""
+
+
 @pytest.fixture(scope="module")
 def fresh_process() -> Any:
     environ = {n: v for n, v in os.environ.items() if not n.startswith(("ATTNRT_", "NVTE_"))}
@@ -102,6 +116,19 @@ def test_import_takes_nothing_heavy(fresh_process: Any) -> None:
 
 def test_a_call_on_the_cpu_imports_no_backend_package(fresh_process: Any) -> None:
     assert not packages(fresh_process["after"]) & {*BACKEND_PACKAGES, "rich", "typer", "matplotlib"}
+
+
+def test_choosing_imports_no_backend_package(tmp_path: Path) -> None:
+    """Whether they are installed or not: empty ones stand before them, and whoever asks for more of one than it has
+    has imported it."""
+    for name in BACKEND_PACKAGES:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    environ = {n: v for n, v in os.environ.items() if not n.startswith(("ATTNRT_", "NVTE_"))}
+    environ["PYTHONPATH"] = os.pathsep.join((str(tmp_path), str(ROOT)))
+    found = json.loads(subprocess.check_output([sys.executable, "-c", CHOICES], text=True, env=environ))
+    assert "attnrt.backends.flash_attn" in found
+    assert not packages(found) & set(BACKEND_PACKAGES)
 
 
 def test_cuda_is_not_initialised(fresh_process: Any) -> None:

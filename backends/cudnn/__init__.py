@@ -13,6 +13,8 @@ from attnrt.environment import Environment
 from attnrt.request import ITEMSIZE, AttentionRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from attnrt.backends.base import Backward, Forward, Run
 
 
@@ -66,6 +68,14 @@ class CuDNN(Backend):
         from attnrt.backends.cudnn.plans import PLANS
 
         return (*said, f"in this process: {PLANS.counters}")
+
+    def answers(self) -> Mapping[str, str]:
+        return {
+            "CUDNN_START": "It is installed and does not start; its own words follow.",
+            "CUDNN_OTHER_LIBRARY": "The frontend has loaded another libcudnn than torch's.",
+            "CUDNN_SUPPORT": "The library's support check refuses the call; its own words follow.",
+            "CUDNN_CAPTURE": "A CUDA graph is being captured, and there is no plan for the call yet.",
+        }
 
     def answer(self, request: AttentionRequest, environment: Environment) -> tuple[Reason, ...]:
         """What libcudnn's support check says, in its words."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from attnrt.backends.flash_attn.common import cut
 from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
+
+if TYPE_CHECKING:
+    from attnrt.backends.flash_attn.tails import Tails
 
 SWAP = {"bhsd": (1, 2), "sbhd": (0, 1)}
 """The two dims that change places between a layout and (B, S, H, D), which all generations take."""
@@ -79,3 +82,12 @@ def swapped(layout: str, *tensors: Tensor) -> tuple[Tensor, ...]:
 def dead_rows(lse: Tensor) -> Tensor:
     """flash-attn 2 gives +inf to a query without a key on one of its paths and -inf on the other."""
     return lse.masked_fill(lse == math.inf, -math.inf)
+
+
+def stray_tokens(r: AttentionRequest) -> Tails | None:
+    """What clears the rows of tokens that are in no sequence; None where there cannot be any."""
+    if not r.packed:
+        return None
+    from attnrt.backends.flash_attn.tails import Tails  # imports Triton
+
+    return Tails(r)

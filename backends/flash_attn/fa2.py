@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attnrt.backends.flash_attn.calls import Call, as_passed, dead_rows, swapped, views, window
+from attnrt.backends.flash_attn.calls import Call, as_passed, dead_rows, stray_tokens, swapped, views, window
 from attnrt.backends.flash_attn.common import reads_lse
 from attnrt.backends.flash_attn.discovery import KVCACHE, Library
 from attnrt.backends.flash_attn.sinks import with_sinks
-from attnrt.backends.flash_attn.tails import Tails
 from attnrt.environment import Environment
 from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
@@ -54,7 +53,7 @@ def prepare(r: AttentionRequest, e: Environment, library: Library) -> Run:
     asked, r = r, as_passed(r)
     how = call(r, e)
     function, fixed, (q_name, k_name, v_name) = library.functions[how.function], how.fixed, how.inputs
-    tails = Tails(r) if r.packed else None
+    tails = stray_tokens(r)
 
     def package(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> tuple[Tensor, Tensor | None]:
         found = function(**{q_name: q, k_name: k, v_name: v}, **fixed, **how.given(operands))

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from attnrt.backends.base import Reason
-from attnrt.backends.flash_attn.calls import Call, as_passed, swapped, views, window
+from attnrt.backends.flash_attn.calls import Call, as_passed, stray_tokens, swapped, views, window
 from attnrt.backends.flash_attn.common import reads_lse
 from attnrt.backends.flash_attn.discovery import KVCACHE, Library
 from attnrt.backends.flash_attn.sinks import with_sinks
-from attnrt.backends.flash_attn.tails import Tails
 from attnrt.environment import Environment
 from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
@@ -81,7 +80,7 @@ def prepare(r: AttentionRequest, e: Environment, library: Library) -> Run:
     function, fixed, (q_name, k_name, v_name) = library.functions[how.function], how.fixed, how.inputs
     # A tensor made while a graph is captured belongs to that graph.
     kept = {} if r.capturing else extra(r, e)
-    tails = Tails(r) if r.packed else None
+    tails = stray_tokens(r)
 
     def package(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> tuple[Tensor, Tensor | None]:
         given = how.given(operands) | (extra(r, e) if r.capturing else kept)

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from attnrt.backends.base import between
-from attnrt.backends.flash_attn.calls import Call, as_passed, swapped, views, window
+from attnrt.backends.flash_attn.calls import Call, as_passed, stray_tokens, swapped, views, window
 from attnrt.backends.flash_attn.discovery import Library
 from attnrt.backends.flash_attn.sinks import per_row, share
-from attnrt.backends.flash_attn.tails import Tails
 from attnrt.environment import Environment
 from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
@@ -72,7 +71,7 @@ def prepare(r: AttentionRequest, e: Environment, library: Library) -> Run:
     """The call for every tensor set that matches the request."""
     asked, r = r, as_passed(r)
     attention, first, timed = attend(r, e, library), True, not r.needs_grad
-    tails = Tails(r) if r.packed else None
+    tails = stray_tokens(r)
 
     def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
         nonlocal first, timed

@@ -6,10 +6,12 @@ lets through: on sm90 that accepts 64/256, which has no registers left.
 
 from __future__ import annotations
 
-from math import ceil, gcd
+from math import gcd
 
 from attnrt.backends.base import Rule, between, needs
+from attnrt.backends.flash_attn import fa4_sm90
 from attnrt.backends.flash_attn.common import common
+from attnrt.backends.flash_attn.fa4_sm90 import up
 from attnrt.environment import Environment
 from attnrt.request import AttentionRequest
 
@@ -19,6 +21,10 @@ API = "flash-attn-4 4.0.0b36 cute/interface.py"
 COMPILED = "flash-attn-4 4.0.0b36, compiled for each arch"
 _PAGED = "flash-attn-4 4.0.0b36 cute/paged_kv.py, and the machine code that it gives for sm90a"
 _SM100_BWD = "flash-attn-4 4.0.0b36 cute/flash_bwd_sm100.py, epilogue_dK_or_dV_tma; not seen on a GPU"
+_SM90 = "flash-attn-4 4.0.0b36 cute/flash_fwd_sm90.py and flash_bwd_sm90.py; seen on an H200, 2026-11-28"
+BETAS = "<4.0.0rc1"
+"""Versions with the limits of `fa4_sm90`. No beta up to 4.0.0b36 is without; narrow it when one is."""
+_DQ = "https://github.com/Dao-AILab/flash-attention/pull/2896, not merged yet; seen on an H200, 4.0.0b36, 2026-11-28"
 _TE = "Transformer Engine attention utils"
 
 
@@ -40,22 +46,18 @@ def _d256_bwd(r: AttentionRequest, e: Environment) -> bool:
     return r.needs_grad and _d256(r) and _datacenter(e)
 
 
-def _up(head_dim: int, step: int) -> int:
-    return ceil(head_dim / step) * step
-
-
 def _fits_sm90_bwd(dim: int, dim_v: int) -> bool:
     """Whether the sm90 backward has a layout for these. The gradient of the output lies in shared memory in columns of
     64, 32 or 16, as head_dim_qk allows; over 192, two warpgroups share the gradient of v, 64 columns each at a time.
     """
     if dim <= 128:
-        return _up(dim_v, 16) % next(width for width in (64, 32, 16) if _up(dim, 16) % width == 0) == 0
-    return dim <= 192 or _up(dim_v, 64) % 128 == 0
+        return up(dim_v, 16) % next(width for width in (64, 32, 16) if up(dim, 16) % width == 0) == 0
+    return dim <= 192 or up(dim_v, 64) % 128 == 0
 
 
 def _half(head_dim: int) -> int:
     """Columns of a gradient that one of the two warpgroups of the sm100 backward writes."""
-    return _up(head_dim, 32) // 2
+    return up(head_dim, 32) // 2
 
 
 def _piece(head_dim: int) -> int:
@@ -69,16 +71,16 @@ def _unequal(r: AttentionRequest) -> bool:
 
 def tile_n(r: AttentionRequest, e: Environment) -> int:
     """Keys in a tile of the forward."""
-    local, larger = r.windowed, r.head_dim_qk
-    if not between(e, 90, 100) or larger <= 64:
-        return 128
-    if larger <= 96:
-        return 128 if r.banded else 144
-    if larger <= 128:
-        return 128
-    if larger <= 192:
-        return 96 if local else 128 if r.head_dim_v <= 128 else 112
-    return 64 if local else 80
+    return fa4_sm90.tile_n(r) if between(e, 90, 100) else 128
+
+
+def _no_registers(r: AttentionRequest, e: Environment) -> bool:
+    return r.head_dim_qk <= 96 and r.head_dim_v > 192 and between(e, 90, 100)
+
+
+def _sm90(r: AttentionRequest, e: Environment) -> bool:
+    """The kernels of `fa4_sm90`, as far as they compile, in a version that has their defects."""
+    return between(e, 90, 100) and e.has(PACKAGE, BETAS) and r.head_dim <= 256 and not _no_registers(r, e)
 
 
 RULES = (
@@ -126,7 +128,7 @@ RULES = (
     ),
     Rule(
         "FA4_HEAD_DIM_V_SM90",
-        lambda r, e: r.head_dim_qk <= 96 and r.head_dim_v > 192 and between(e, 90, 100),
+        _no_registers,
         "head_dim_v {r.head_dim_v} is over 192, which with head_dim_qk {r.head_dim_qk} (up to 96) has no registers "
         "left on {e.arch}",
         "pad q and k with zeros to 128, and pass scale=",
@@ -140,6 +142,37 @@ RULES = (
         "for one over 192, a multiple of 128 (rounded up to 64)",
         "pad q, k and v with zeros to {r.head_dim}, pass scale=, and slice the output",
         COMPILED,
+    ),
+    Rule(
+        "FA4_HEAD_DIM_SHARED_SM90",
+        lambda r, e: _sm90(r, e) and fa4_sm90.shared(r) > fa4_sm90.SHARED,
+        "the forward for head_dim {r.head_dim_qk}/{r.head_dim_v} asks for more shared memory than {e.arch} has",
+        "pad q, k and v with zeros to {r.head_dim}, pass scale=, and slice the output",
+        _SM90,
+    ),
+    Rule(
+        "FA4_HEAD_DIM_OUTPUT_SM90",
+        lambda r, e: _sm90(r, e) and fa4_sm90.output_overruns(r),
+        "the output of head_dim {r.head_dim_qk}/{r.head_dim_v} is written over the tiles of q and k in shared memory "
+        "and past their end, an illegal address on {e.arch}",
+        "pad q and k with zeros to {r.head_dim}, and pass scale=",
+        _SM90,
+    ),
+    Rule(
+        "FA4_HEAD_DIM_SHARED_SM90_BWD",
+        lambda r, e: r.needs_grad and _sm90(r, e) and fa4_sm90.shared_bwd(r) > fa4_sm90.SHARED,
+        "the backward for head_dim {r.head_dim_qk}/{r.head_dim_v} asks for more shared memory than {e.arch} has",
+        "pad q, k and v with zeros to {r.head_dim}, pass scale=, and slice the output",
+        _SM90,
+    ),
+    Rule(
+        "FA4_HEAD_DIM_DQ_SM90_BWD",
+        lambda r, e: r.needs_grad and _sm90(r, e) and fa4_sm90.dq_misread(r),
+        "the backward of flash-attn-4 {version} on {e.arch} gives a wrong dq for head_dim {r.head_dim_qk}, as for all "
+        "up to 128 that round up to an odd multiple of 16",
+        "pad q, k and v with zeros to a multiple of 32, pass scale=, and slice the output",
+        _DQ,
+        PACKAGE,
     ),
     Rule(
         "FA4_HEAD_DIM_V_SM100_BWD",

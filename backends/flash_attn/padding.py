@@ -22,7 +22,7 @@ from attnrt.request import AttentionRequest
 if TYPE_CHECKING:
     from attnrt.backends.base import Run
 
-STEPS = (8, 16)
+STEPS = (8, 16, 32)
 SIZES = (64, 96, 128, 192, 256)
 """What is tried: the next multiples, and sizes that generations have kernels for."""
 

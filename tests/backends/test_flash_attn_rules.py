@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnrt.backends.base import Backend, reasons
-from attnrt.backends.flash_attn import FlashAttention2, FlashAttention3, FlashAttention4
+from attnrt.backends.flash_attn import FlashAttention2, FlashAttention3, FlashAttention4, fa4_sm90
 from attnrt.environment import Environment
 from attnrt.request import AttentionRequest
 
@@ -161,17 +161,24 @@ ROWS: dict[str, list[Row]] = {
         ("FA4_HEAD_DIM_SM100", {"head_dim": 136}, {"arch": "sm103"}, {"head_dim": 128}),
         ("FA4_HEAD_DIM_SM80", {"head_dim": 136}, {"arch": "sm120"}, {"head_dim": 128}),
         ("FA4_HEAD_DIM_SM80", {"head_dim": 136}, {"arch": "sm80"}, {"head_dim": 128}),
-        ("FA4_HEAD_DIM_V_SM90", {"head_dim": 64, "head_dim_v": 256}, {}, {"head_dim_v": 192}),
+        ("FA4_HEAD_DIM_V_SM90", {"head_dim": 64, "head_dim_v": 256}, {}, {"head_dim": 128}),
         ("FA4_HEAD_DIM_V_SM90_BWD", {"head_dim_v": 96, **TRAIN}, {}, {"head_dim_v": 64}),
-        ("FA4_HEAD_DIM_V_SM90_BWD", {"head_dim": 64, "head_dim_v": 160, **TRAIN}, {}, {"head_dim_v": 192}),
-        (
-            "FA4_HEAD_DIM_V_SM90_BWD",
-            {"head_dim": 96, "head_dim_v": 72, **TRAIN},
-            {},
-            {"head_dim": 72, "head_dim_v": 40},
-        ),
+        ("FA4_HEAD_DIM_V_SM90_BWD", {"head_dim": 64, "head_dim_v": 96, **TRAIN}, {}, {"head_dim": 96}),
+        ("FA4_HEAD_DIM_V_SM90_BWD", {"head_dim": 96, "head_dim_v": 72, **TRAIN}, {}, {"head_dim_v": 64}),
         ("FA4_HEAD_DIM_V_SM90_BWD", {"head_dim": 256, "head_dim_v": 160, **TRAIN}, {}, {"head_dim": 192}),
         ("FA4_HEAD_DIM_V_SM90_BWD", {"head_dim": 256, "head_dim_v": 64, **TRAIN}, {}, {"head_dim_v": 72}),
+        ("FA4_HEAD_DIM_SHARED_SM90", {"head_dim": 96, "head_dim_v": 160}, {}, {"causal": True}),
+        ("FA4_HEAD_DIM_SHARED_SM90", {"head_dim": 192, "head_dim_v": 256}, {}, {"head_dim": 160}),
+        ("FA4_HEAD_DIM_SHARED_SM90", {"head_dim": 192, "head_dim_v": 256}, {}, {"version": "4.0.0"}),
+        ("FA4_HEAD_DIM_OUTPUT_SM90", {"head_dim": 64, "head_dim_v": 192}, {}, {"head_dim_v": 144}),
+        ("FA4_HEAD_DIM_OUTPUT_SM90", {"head_dim": 16, "head_dim_v": 48}, {}, {"head_dim_v": 32}),
+        ("FA4_HEAD_DIM_SHARED_SM90_BWD", {"head_dim_v": 256, **TRAIN}, {}, {"training": False}),
+        ("FA4_HEAD_DIM_SHARED_SM90_BWD", {"head_dim_v": 192, **TRAIN}, {}, {"causal": True}),
+        ("FA4_HEAD_DIM_SHARED_SM90_BWD", {"head_dim": 64, "head_dim_v": 128, **TRAIN}, {}, {"head_dim_v": 64}),
+        ("FA4_HEAD_DIM_DQ_SM90_BWD", {"head_dim": 16, **TRAIN}, {}, {"head_dim": 24}),
+        ("FA4_HEAD_DIM_DQ_SM90_BWD", {"head_dim": 72, "heads_kv": 4, **TRAIN}, {}, {"training": False}),
+        ("FA4_HEAD_DIM_DQ_SM90_BWD", {"head_dim": 112, **TRAIN}, {}, {"head_dim": 136}),
+        ("FA4_HEAD_DIM_DQ_SM90_BWD", {"head_dim": 80, **TRAIN}, {}, {"arch": "sm100"}),
         ("FA4_HEAD_DIM_V_SM100_BWD", {"head_dim_v": 96, **TRAIN}, {"arch": "sm100"}, {"head_dim_v": 64}),
         (
             "FA4_HEAD_DIM_V_SM100_BWD",
@@ -256,6 +263,15 @@ def test_without_a_gpu_only_what_is_missing_is_said(prefix: str) -> None:
     assert broken(BACKENDS[prefix], r, Environment.named("cpu")) == [f"{prefix}_DEVICE", f"{prefix}_INSTALLED"]
     amd = replace(environment(BACKENDS[prefix]), name="AMD GPU", capability=None)
     assert broken(BACKENDS[prefix], request(), amd) == [f"{prefix}_DEVICE"]
+
+
+def test_shared_memory_as_the_gpu_and_the_package_count_it() -> None:
+    """Those two that an H200 refused, and what 4.0.0b36 laid out when it was compiled for others."""
+    forward = {(96, 160, False): 240640, (96, 160, True): 218112, (192, 256, False): 250880, (40, 40, False): 68608}
+    backward = {(128, 256, False): 306176, (128, 192, True): 231424, (192, 128, True): 219136, (256, 72, False): 197632}
+    for count, known in ((fa4_sm90.shared, forward), (fa4_sm90.shared_bwd, backward)):
+        for (dim, dim_v, causal), size in known.items():
+            assert count(request(head_dim=dim, head_dim_v=dim_v, causal=causal)) == size
 
 
 def test_a_gradient_for_the_bias_is_a_reason_of_its_own() -> None:

@@ -17,7 +17,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import partial, partialmethod
 from itertools import product
 from typing import Any
 
@@ -44,8 +44,24 @@ def pretend(arch: str) -> None:
     HardwareInfo.__init__ = lambda self, device_id=0: None
     HardwareInfo.get_device_multiprocessor_count = lambda self: sms
     HardwareInfo.get_max_active_clusters = lambda self, cluster_size, stream=None: sms // cluster_size
+    if arch == "sm90":
+        from flash_attn.cute.flash_bwd_sm90 import FlashAttentionBackwardSm90
+        from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
+
+        for kernel in (FlashAttentionForwardSm90, FlashAttentionBackwardSm90):
+            kernel._get_shared_storage_cls = partialmethod(fitting, kernel._get_shared_storage_cls)
     for function in (interface.FlashAttnFunc, interface.FlashAttnVarlenFunc):
         function.apply = partial(by_hand, function)
+
+
+def fitting(kernel: Any, storage_of: Any) -> Any:
+    """The layout of shared memory, if a GPU would launch the kernel with it: that is seen at the launch alone."""
+    from attnrt.backends.flash_attn.fa4_sm90 import SHARED
+
+    storage = storage_of(kernel)
+    if (size := storage.size_in_bytes()) > SHARED:
+        raise MemoryError(f"{type(kernel).__name__} asks for {size} bytes of shared memory, over {SHARED}")
+    return storage
 
 
 class Context:
