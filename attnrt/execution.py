@@ -63,16 +63,17 @@ _specs: dict[tuple[int, bool], tuple[recompute.Spec, ...]] = {}
 AMBIGUOUS = -1
 
 
+_capturing = torch.cuda.is_current_stream_capturing
+_float32 = torch.float32
+
+
 def device_facts(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
     """Devices, pointer alignment, capture and TF32; all but the first matter to GPU kernels only."""
-    return (
-        q.device,
-        k.device,
-        v.device,
-        (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
-        q.is_cuda and torch.cuda.is_current_stream_capturing(),
-        q.is_cuda and q.dtype is torch.float32 and tf32_allowed(),
-    )
+    aligned = (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15
+    if q.is_cuda and k.is_cuda and v.is_cuda:  # numbers: devices take thrice as long to compare
+        tf32 = q.dtype is _float32 and tf32_allowed()
+        return q.get_device(), k.get_device(), v.get_device(), aligned, _capturing(), tf32
+    return q.device, k.device, v.device, aligned, False, False
 
 
 def forward(qkv: QKV, given: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
