@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from ast import literal_eval
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnrt import recompute, registry, runtime
+from attnrt import halves, recompute, runtime
 from attnrt.decision import Decision
-from attnrt.environment import Environment
 from attnrt.errors import GradientError
-from attnrt.operands import NO_OPERANDS, Operands, bind, signature, tf32_allowed
+from attnrt.halves import AMBIGUOUS, QKV, Halves
+from attnrt.operands import NO_OPERANDS, Operands, signature, tf32_allowed
 from attnrt.pins import LATE, Pin
 from attnrt.runtime import Plan
 from attnrt.settings import current_context
-from attnrt.sharded import refuse_inside_context_parallel
+from attnrt.sharded import CONTEXT_PARALLEL, refuse_inside_context_parallel
 
 if TYPE_CHECKING:
-    from attnrt.backends.base import Backward, Forward
     from attnrt.policies.base import Policy
 
 last: ContextVar[Decision | None] = ContextVar("attnrt_last_decision", default=None)
@@ -32,35 +33,47 @@ no graph at all."""
 BAR = " | "
 policies: dict[str, Policy] = {}
 """Policies that were handed to a traced call as objects, by the name they have in its graph."""
+_modules = sys.modules
+_deterministic_enabled = torch.are_deterministic_algorithms_enabled
 
 
-QKV = tuple[Tensor, Tensor, Tensor]
+class Options(NamedTuple):
+    """The operators' arguments beside tensors, in their order: `attention`'s, then those of `operators._OPTIONS`."""
+
+    layout: str
+    causal: bool
+    window_left: int | None
+    window_right: int | None
+    alignment: str | None
+    softcap: float | None
+    dropout_p: float
+    scale: float | None
+    max_seqlen_q: int | None
+    max_seqlen_kv: int | None
+    return_lse: bool
+    deterministic: bool | None
+    backend: str | None
+    policy: str | None
+    blocks: str
+    choice: str
+    grads: tuple[bool, ...]
 
 
-class Halves(NamedTuple):
-    """One kernel's forward and backward for one request."""
-
-    kernel: int
-    """In `_kernels`."""
-    forward: Forward
-    backward: Backward
-    specs: list[tuple[recompute.Spec, ...]]
-    """Of the forward's `extra` tensors, once it has run."""
-    strides: list[Any]
-    """That gradients must have, once asked for."""
+_settled: dict[tuple[str, str], Options] = {}
 
 
-_kernels: list[tuple[str, str]] = []
-"""(backend, kernel) by the number that a forward leaves in its state."""
-_ran: dict[Any, int] = {}
-"""Which kernel ran the calls of these shapes and options; AMBIGUOUS if not always the same did."""
-runtime.on_refresh.append(_ran.clear)
-_captured: dict[int, int] = {}
-"""... in CUDA-graph capture, by the address of the state, which cannot be read then."""
-_halves: dict[Any, Halves] = {}
-_specs: dict[tuple[int, bool], tuple[recompute.Spec, ...]] = {}
-"""What a kernel's forward leaves besides output and LSE, with and without dropout."""
-AMBIGUOUS = -1
+def in_words(*options: Any) -> str:
+    """The options up to `policy` as one constant of a graph, which another process reads too."""
+    return repr(options)
+
+
+def settled(call: str, choice: str) -> Options:
+    """What `in_words` said, for inference."""
+    found = _settled.get((call, choice))
+    if found is None:
+        found = Options(*literal_eval(call), "", choice, (False,) * 5)
+        halves.remember(_settled, (call, choice), found)
+    return found
 
 
 _capturing = torch.cuda.is_current_stream_capturing
@@ -76,38 +89,84 @@ def device_facts(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
     return q.device, k.device, v.device, aligned, False, False
 
 
-def forward(qkv: QKV, given: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, operands: Operands, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """Output, LSE and state, laid out as the fake implementation says."""
-    refuse_inside_context_parallel()
-    q, k, v = qkv
-    grads = tuple(options[-1])
-    operands, parts = NO_OPERANDS, None
-    if any(t is not None for t in given):
-        operands = Operands(*given)
-        parts = signature(operands, options[0], q, k, (options[8], options[9]))
-    strides = q.stride(), k.stride(), v.stride()
-    shapes = q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype
-    where = q.is_cpu or device_facts(q, k, v)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    key = ("operator", shapes, strides, options[:-1], grads, parts, where, deterministic, current_context())
+    trains = True in options.grads
+    result = _attend(q, k, v, operands, options, trains)
+    if trains:
+        out, lse, state = result
+    else:
+        out, lse = result if options.return_lse else (result, q.new_empty((0,), dtype=torch.float32))
+        state = q.new_empty((0,), dtype=torch.int64)
+    lse = lse.double() if q.dtype is torch.float64 else lse
+    return _token_major(out, options.layout), lse.contiguous(), state
+
+
+def inference(q: Tensor, k: Tensor, v: Tensor, operands: Operands, options: Options) -> Tensor:
+    """The output alone, for options that ask for no more."""
+    return _token_major(_attend(q, k, v, operands, options, False), options.layout)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, operands: Operands, options: Options, trains: bool) -> Any:
+    """What the plan of this call gives. Every line here costs each call of a compiled model."""
+    if CONTEXT_PARALLEL in _modules:
+        refuse_inside_context_parallel()
+    parts = None
+    if operands is not NO_OPERANDS:
+        parts = signature(operands, options.layout, q, k, (options.max_seqlen_q, options.max_seqlen_kv))
+    key = (
+        options,
+        q.shape,
+        k.shape,
+        v.shape,
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        q.dtype,
+        k.dtype,
+        v.dtype,
+        parts,
+        q.is_cpu or device_facts(q, k, v),
+        _deterministic_enabled(),
+        current_context(),
+    )
     made = runtime.plans.get(key) if runtime.variables_are_known() else None
-    failed: runtime.Failed = {}
+    if made is None or made.watched:
+        return _first(key, made, {}, q, k, v, operands, options, trains)
+    last.set(made.decision)
+    try:
+        return _trained(made, (q, k, v), operands, options) if trains else made.run(q, k, v, operands)
+    except Exception as error:
+        failed = runtime.demote(error, made.decision)
+        return _first(key, None, failed, q, k, v, operands, options, trains)
+
+
+def _first(
+    key: Any,
+    made: Plan | None,
+    failed: runtime.Failed,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: Operands,
+    options: Options,
+    trains: bool,
+) -> Any:
+    """A call whose plan is not known yet, or is watched. Goes on to the next candidate as long as the policy does."""
+    named, qkv = named_options(options), (q, k, v)
     while True:
         if made is None:
             with recompute.autograd(record=False):  # a policy may measure
-                made = runtime.plan(key, q, k, v, operands, _named(options), failed)
+                made = runtime.plan(key, q, k, v, operands, named, failed)
         last.set(made.decision)
         try:
             if made.watched:
-                made = _examined(made, qkv, operands, _named(options), failed)
+                made = _examined(made, qkv, operands, named, failed)
                 last.set(made.decision)
-            out, lse, state = _trained(made, qkv, operands, options) if any(grads) else _run(made, qkv, operands)
-            break
+            return _trained(made, qkv, operands, options) if trains else made.run(q, k, v, operands)
         except Exception as error:
             failed = {**failed, **runtime.demote(error, made.decision)}
             made = None
-    lse = lse.double() if q.dtype is torch.float64 else lse
-    return _token_major(out, options[0]), lse.contiguous(), state
 
 
 def backward(
@@ -115,111 +174,57 @@ def backward(
     qkv: QKV,
     operands: Operands,
     saved: Sequence[Tensor],
-    options: Sequence[Any],
+    options: Options,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, bias and sinks, strided as torch.empty_like makes them; empty where not wanted."""
     q, k, v = qkv
     out, lse, state = saved
     facts, strides = _facts(qkv, operands, options), _strides(qkv, operands)
-    kernel = _ran.get(facts, AMBIGUOUS)
+    kernel = halves.ran.get(facts, AMBIGUOUS)
     if kernel == AMBIGUOUS and state.is_cuda and torch.cuda.is_current_stream_capturing():
-        kernel = _captured.get(state.data_ptr(), AMBIGUOUS)
+        kernel = halves.captured.get(state.data_ptr(), AMBIGUOUS)
         if kernel == AMBIGUOUS:
             raise GradientError("which kernel ran this forward is not known in capture; call attnrt.refresh() before")
     elif kernel == AMBIGUOUS:
         kernel = int(state[0])  # on a GPU this waits for the forward
-    halves = _halves.get((kernel, facts, strides))
-    if halves is None:
-        halves = _rebuilt(kernel, qkv, operands, options)
-        halves.specs.append(_specs[kernel, bool(options[6])])
-        _remember(_halves, (kernel, facts, strides), halves)
-    if not halves.strides:
+    held = halves.known.get((kernel, facts, strides))
+    if held is None:
+        held = halves.rebuilt(kernel, qkv, operands, named_options(options), options.dropout_p > 0)
+        halves.remember(halves.known, (kernel, facts, strides), held)
+    if not held.strides:
         leaves = (q, k, v, operands.bias, operands.sinks)
-        halves.strides.append([None if t is None else torch.empty_like(t, device="meta").stride() for t in leaves])
+        held.strides.append([None if t is None else torch.empty_like(t, device="meta").stride() for t in leaves])
     if grad.stride(-1) != 1 and grad.shape[-1] != 1:  # such as the expanded ones that sum() sends
         grad = grad.contiguous()
-    extra = recompute.unpack(state, halves.specs[0])
+    extra = recompute.unpack(state, held.specs[0]) if held.specs[0] else ()
     with recompute.autograd(record=False):  # a backward may have a small graph of its own
-        found = halves.backward(grad, q, k, v, out, lse, extra, operands, wanted)
+        found = held.backward(grad, q, k, v, out, lse, extra, operands, wanted)
     return tuple(
-        _strided(g, stride) if wants and g is not None else grad.new_empty((0,))
-        for g, stride, wants in zip(found, halves.strides[0], wanted, strict=True)
+        [
+            _strided(g, stride) if wants and g is not None else grad.new_empty((0,))
+            for g, stride, wants in zip(found, held.strides[0], wanted, strict=True)
+        ]
     )
 
 
-def _run(made: Plan, qkv: QKV, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
-    """Without gradients."""
-    q, request = qkv[0], made.decision.request
-    result = made.run(*qkv, operands)
-    out, lse = result if request.needs_lse else (result, q.new_empty((0,), dtype=torch.float32))
-    return out, lse, q.new_empty((0,), dtype=torch.int64)
-
-
-def _trained(made: Plan, qkv: QKV, operands: Operands, options: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _trained(made: Plan, qkv: QKV, operands: Operands, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """With what a backward needs, which is noted for it the first time."""
     request = made.decision.request
     if made.halves is None:
-        made.halves = _of(made)
+        made.halves = halves.of(made)
     while True:
-        halves: Halves = made.halves
-        out, lse, extra = halves.forward(*qkv, operands)
-        state = recompute.pack(halves.kernel, extra, qkv[0].device)
+        held: Halves = made.halves
+        out, lse, extra = held.forward(*qkv, operands)
+        state = recompute.pack(held.kernel, extra, qkv[0].device)
         if state is not None:
             break
-        made.halves = _paired(made, lambda: recompute.recomputed(made.run, request))
-    if not halves.specs:
-        halves.specs.append(recompute.specs(extra))
-        _specs[halves.kernel, request.dropout_p > 0] = halves.specs[0]
-        _note(halves, _facts(qkv, operands, options), _strides(qkv, operands))
+        made.halves = halves.paired(made, lambda: recompute.recomputed(made.run, request))
+    if not held.specs:
+        halves.note(held, extra, request.dropout_p > 0, _facts(qkv, operands, options), _strides(qkv, operands))
     if request.capturing:
-        _remember(_captured, state.data_ptr(), halves.kernel)
+        halves.remember(halves.captured, state.data_ptr(), held.kernel)
     return out, lse, state
-
-
-def _of(made: Plan) -> Halves:
-    """The kernel's own pair, or one that recomputes."""
-    request = made.decision.request
-    try:
-        return _paired(made, lambda: made.kernel.pair(request, made.decision.environment))
-    except NotImplementedError:
-        return _paired(made, lambda: recompute.recomputed(made.run, request))
-
-
-def _paired(made: Plan, pair: Callable[[], tuple[Forward, Backward]]) -> Halves:
-    decision = made.decision
-    assert decision.backend is not None
-    name = (decision.backend, made.kernel.name)
-    forward, backward = pair()
-    if name not in _kernels:
-        _kernels.append(name)
-    return Halves(_kernels.index(name), forward, backward, [], [])
-
-
-def _note(halves: Halves, facts: Any, strides: Any) -> None:
-    """What a later backward of these shapes goes by."""
-    before = _ran.get(facts, halves.kernel)
-    _remember(_ran, facts, halves.kernel if before == halves.kernel else AMBIGUOUS)
-    _remember(_halves, (halves.kernel, facts, strides), halves)
-
-
-def _rebuilt(kernel: int, qkv: QKV, operands: Operands, options: Sequence[Any]) -> Halves:
-    """For tensors that come back with other strides than they left with, or after the forward was forgotten."""
-    backend_name, kernel_name = _kernels[kernel]
-    backend = registry.backends()[backend_name]
-    chosen = next((n for n in backend.kernels if n.name == kernel_name), backend)
-    named = _named(options)
-    backend_argument, policy = named.pop("backend"), named.pop("policy")
-    named.pop("pin")
-    settings = runtime.settings(backend_argument, policy)
-    named["deterministic"] = runtime.wants_determinism(named["deterministic"], settings)
-    request = runtime.allowed(bind(*qkv, operands, **named), settings)
-    environment = Environment.detect(qkv[0].device)
-    try:
-        forward, backward = chosen.pair(request, environment)
-    except NotImplementedError:
-        forward, backward = recompute.recomputed(chosen.prepare(request, environment), request)
-    return Halves(kernel, forward, backward, [], [])
 
 
 def _examined(made: Plan, qkv: QKV, operands: Operands, named: dict[str, Any], failed: runtime.Failed) -> Plan:
@@ -235,40 +240,44 @@ def _examined(made: Plan, qkv: QKV, operands: Operands, named: dict[str, Any], f
         return runtime.examine(made, q, k, v, operands, named, failed)
 
 
-def _facts(qkv: QKV, operands: Operands, options: Sequence[Any]) -> tuple[Any, ...]:
+def _facts(qkv: QKV, operands: Operands, options: Options) -> tuple[Any, ...]:
     """Shapes, dtypes and options: the same in a forward and in its backward, unless TF32 was switched between them."""
-    shapes = tuple((t.shape, t.dtype) for t in qkv)
-    q = qkv[0]
+    q, k, v = qkv
+    given = None
+    if operands is not NO_OPERANDS:
+        given = tuple([None if t is None else (t.shape, t.dtype) for t in operands])
     tf32 = q.is_cuda and q.dtype is torch.float32 and tf32_allowed()
-    given = tuple(None if t is None else (t.shape, t.dtype) for t in operands)
-    return (*shapes, given, *options[:-1], tuple(options[-1]), tf32)
+    return q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, given, options, tf32
 
 
 def _strides(qkv: QKV, operands: Operands) -> tuple[Any, ...]:
     """Of everything that may get a gradient."""
-    return tuple(None if t is None else t.stride() for t in (*qkv, operands.bias, operands.sinks))
+    q, k, v = qkv
+    if operands is NO_OPERANDS:
+        return q.stride(), k.stride(), v.stride()
+    added = [None if t is None else t.stride() for t in (operands.bias, operands.sinks)]
+    return q.stride(), k.stride(), v.stride(), *added
 
 
-def _named(options: Sequence[Any]) -> dict[str, Any]:
-    """The operators' options as `runtime.plan` takes them."""
-    layout, causal, left, right, alignment, softcap, dropout_p, scale, longest_q, longest_kv = options[:10]
-    return_lse, deterministic, backend, policy, _, choice, grads = options[10:]
+def named_options(options: Options) -> dict[str, Any]:
+    """As `runtime.plan` takes them."""
+    o, choice = options, options.choice
     label, _, overrides = choice.partition(BAR)
     return {
-        "layout": layout,
-        "causal": causal,
-        "window": None if left is None and right is None else (left, right),
-        "alignment": alignment,
-        "softcap": softcap,
-        "dropout_p": dropout_p,
-        "scale": scale,
-        "max_seqlen_q": longest_q,
-        "max_seqlen_kv": longest_kv,
-        "return_lse": return_lse,
-        "deterministic": deterministic,
-        "backend": backend,
-        "policy": policies.get(policy or "", policy),
-        "grads": tuple(grads),
+        "layout": o.layout,
+        "causal": o.causal,
+        "window": None if o.window_left is None and o.window_right is None else (o.window_left, o.window_right),
+        "alignment": o.alignment,
+        "softcap": o.softcap,
+        "dropout_p": o.dropout_p,
+        "scale": o.scale,
+        "max_seqlen_q": o.max_seqlen_q,
+        "max_seqlen_kv": o.max_seqlen_kv,
+        "return_lse": o.return_lse,
+        "deterministic": o.deterministic,
+        "backend": o.backend,
+        "policy": policies.get(o.policy or "", o.policy),
+        "grads": o.grads,
         "compiled": choice != "",
         "dynamic": choice == DYNAMIC,
         "pin": LATE if choice in (AT_RUN_TIME, DYNAMIC) else Pin(label, overrides) if choice else None,
@@ -277,14 +286,11 @@ def _named(options: Sequence[Any]) -> dict[str, Any]:
 
 def _token_major(out: Tensor, layout: str) -> Tensor:
     """The heads of one token side by side, as most kernels leave them; the others cost a copy."""
-    return out.transpose(1, 2).contiguous().transpose(1, 2) if layout == "bhsd" else out.contiguous()
+    if layout != "bhsd":
+        return out.contiguous()
+    tokens = out.transpose(1, 2)
+    return out if tokens.is_contiguous() else tokens.contiguous().transpose(1, 2)
 
 
 def _strided(x: Tensor, stride: Any) -> Tensor:
     return x if x.stride() == stride else torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
-
-
-def _remember(table: dict[Any, Any], key: Any, value: Any) -> None:
-    if len(table) >= runtime.MAX_PLANS and key not in table:
-        table.clear()
-    table[key] = value

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from attnrt import execution
 from attnrt.errors import ArgumentError, GradientError
-from attnrt.operands import Operands, check_tensor
+from attnrt.execution import Options
+from attnrt.operands import NO_OPERANDS, Operands, check_tensor
 from attnrt.recompute import SLOTS
 from attnrt.settings import reentered
 
@@ -48,42 +49,70 @@ _library.define(
     "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias, Tensor grad_sinks)",
     tags=(_compliant,),
 )
+# The same without gradients and LSE, where every option is a constant: two words instead of seventeen, since a graph
+# hands on each of them anew at each call.
+_library.define(f"attention_inference({_TENSORS}, str call, str choice) -> Tensor", tags=(_compliant,))
 transform = torch._C._functorch.peek_interpreter_stack
 """The innermost of torch.func's transforms that a call is under, or None."""
 FORWARD = torch.ops.attnrt.attention_forward.default
 FORWARD_DROPOUT = torch.ops.attnrt.attention_forward_dropout.default
 BACKWARD = torch.ops.attnrt.attention_backward.default
+INFERENCE = torch.ops.attnrt.attention_inference.default
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    qkv, given, options = arguments[:3], arguments[3:TENSORS], arguments[TENSORS:]
-    if not options[14]:
-        return execution.forward(qkv, given, options)
-    with reentered(options[14]):
-        return execution.forward(qkv, given, options)
+def _options(arguments: Any) -> Options:
+    return Options(*arguments[:-1], tuple(arguments[-1]))
+
+
+_NONE = (None,) * len(Operands._fields)
+
+
+def _given(*tensors: Tensor | None) -> Operands:
+    return NO_OPERANDS if tensors == _NONE else Operands(*tensors)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    operands, options = _given(*arguments[: TENSORS - 3]), _options(arguments[TENSORS - 3 :])
+    if not options.blocks:
+        return execution.forward(q, k, v, operands, options)
+    with reentered(options.blocks):
+        return execution.forward(q, k, v, operands, options)
+
+
+def _inference(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
+    *given, call, choice = arguments
+    return execution.inference(q, k, v, _given(*given), execution.settled(call, choice))
 
 
 def _backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    tensors, (out, lse, state) = arguments[:TENSORS], arguments[TENSORS : TENSORS + 3]
-    options, wanted = arguments[TENSORS + 3 : -1], arguments[-1]
-    return execution.backward(grad, tensors[:3], Operands(*tensors[3:]), (out, lse, state), options, wanted)
+    q, k, v, *given = arguments[:TENSORS]
+    saved, wanted = arguments[TENSORS : TENSORS + 3], arguments[-1]
+    return execution.backward(grad, (q, k, v), _given(*given), saved, _options(arguments[TENSORS + 3 : -1]), wanted)
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    options = arguments[TENSORS - 3 :]
-    layout, return_lse, training = options[0], options[10], any(options[-1])
+    options = _options(arguments[TENSORS - 3 :])
+    layout, training = options.layout, any(options.grads)
+    out = _output(q, k, v, layout)
+    order = {"bhsd": (0, 1, 2), "bshd": (0, 2, 1), "sbhd": (1, 2, 0), "thd": (1, 0)}[layout]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse = q.new_empty([q.shape[i] for i in order] if training or options.return_lse else (0,), dtype=wide)
+    return out, lse, q.new_empty((SLOTS if training else 0,), dtype=torch.int64)
+
+
+def _inference_fake(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
+    return _output(q, k, v, execution.settled(*arguments[-2:]).layout)
+
+
+def _output(q: Tensor, k: Tensor, v: Tensor, layout: str) -> Tensor:
+    """As the operators leave it: the heads of one token side by side."""
     for name, tensor in {"q": q, "k": k, "v": v}.items():
         check_tensor(name, tensor, layout)
     shape = (*q.shape[:-1], v.shape[-1])
     if layout == "bhsd":
         batch, heads, length, dim = shape
-        out = q.new_empty((batch, length, heads, dim)).transpose(1, 2)
-    else:
-        out = q.new_empty(shape)
-    order = {"bhsd": (0, 1, 2), "bshd": (0, 2, 1), "sbhd": (1, 2, 0), "thd": (1, 0)}[layout]
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = q.new_empty([q.shape[i] for i in order] if training or return_lse else (0,), dtype=wide)
-    return out, lse, q.new_empty((SLOTS if training else 0,), dtype=torch.int64)
+        return q.new_empty((batch, length, heads, dim)).transpose(1, 2)
+    return q.new_empty(shape)
 
 
 def _backward_fake(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -102,13 +131,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _differentiate(ctx: Any, grad: Tensor, _lse: Tensor, _state: Tensor) -> tuple[Tensor | None, ...]:
     wanted = [ctx.needs_input_grad[i] for i in _GRADS]
     if not any(ctx.options[-1]):
-        raise GradientError("attention ran as if nothing wanted a gradient, and kept nothing for a backward")
+        _nothing_kept(ctx, grad)
     backward: Any = BACKWARD if transform() is None else TransformedBackward.apply
     grads = backward(grad, *ctx.saved_tensors, *ctx.options, wanted)
     found: list[Tensor | None] = [None] * (TENSORS + OPTIONS)
     for i, wants, gradient in zip(_GRADS, wanted, grads, strict=True):
         found[i] = gradient if wants else None
     return tuple(found)
+
+
+def _nothing_kept(ctx: Any, grad: Tensor) -> None:
+    raise GradientError("attention ran as if nothing wanted a gradient, and kept nothing for a backward")
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
@@ -160,3 +193,7 @@ _library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("attnrt::attention_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("attnrt::attention_backward", _no_second_derivative, lib=_library)
 torch.library.register_vmap("attnrt::attention_backward", _refuse_vmap, lib=_library)
+_library.impl("attention_inference", _inference, "CompositeExplicitAutograd")
+torch.library.register_fake("attnrt::attention_inference", _inference_fake, lib=_library)
+torch.library.register_autograd("attnrt::attention_inference", _nothing_kept, lib=_library)
+torch.library.register_vmap("attnrt::attention_inference", _refuse_vmap, lib=_library)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from attnrt import operators, runtime
+from attnrt import execution, operators, runtime
 from attnrt.errors import ArgumentError
 from attnrt.execution import AT_RUN_TIME, BAR, DYNAMIC, policies
 from attnrt.operands import Operands
@@ -39,6 +39,9 @@ def constant(function: Callable[..., str]) -> Callable[..., str]:
     """As torch.compiler.assume_constant_result does, without importing the compiler."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+in_words = constant(execution.in_words)
 
 
 @constant
@@ -109,21 +112,26 @@ def attention(
     else:
         facts = tuple(None if t is None else _facts(t) for t in (q, k, v, *operands))
         same = operands.cu_seqlens_q is operands.cu_seqlens_kv, operands.seqlens_q is operands.seqlens_kv
-        options = (layout, causal, (left, right), alignment, softcap, dropout_p, scale, max_seqlen_q, max_seqlen_kv)
-        choice = choose(facts, same, tuple(grads), options, return_lse, deterministic, backend, name, blocks)
+        scalars = (layout, causal, (left, right), alignment, softcap, dropout_p, scale, max_seqlen_q, max_seqlen_kv)
+        choice = choose(facts, same, tuple(grads), scalars, return_lse, deterministic, backend, name, blocks)
+    options = (layout, causal, left, right, alignment, softcap, dropout_p, scale, max_seqlen_q, max_seqlen_kv)
+    options = (*options, return_lse, deterministic, backend, name)
+    # Inside no graph, or one that leaves something to its runs, every option is an argument.
+    lean = choice not in ("", DYNAMIC, AT_RUN_TIME) and not (blocks or dropout_p or return_lse or any(grads))
     operator: Any = operators.FORWARD_DROPOUT if dropout_p else operators.FORWARD
-    if not torch.compiler.is_compiling() and operators.transform() is not None:
+    arguments = (q, k, v, *operands, *options, blocks, choice, grads)
+    if lean:
+        operator, arguments = operators.INFERENCE, (q, k, v, *operands, in_words(*options), choice)
+    elif not torch.compiler.is_compiling() and operators.transform() is not None:
         operator = operators.Transformed.apply
-    arguments = (
-        *(q, k, v, *operands),
-        *(layout, causal, left, right, alignment, softcap, dropout_p, scale, max_seqlen_q, max_seqlen_kv),
-        *(return_lse, deterministic, backend, name, blocks, choice, grads),
-    )
     if autocast:
         with torch.autocast(kind, enabled=False):
-            out, lse, _ = operator(*arguments)
+            result = operator(*arguments)
     else:
-        out, lse, _ = operator(*arguments)
+        result = operator(*arguments)
+    if lean:
+        return result
+    out, lse, _ = result
     return (out, lse.detach().float()) if return_lse else out
 
 

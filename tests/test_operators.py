@@ -13,7 +13,7 @@ from oracle import Case, assert_agrees, gradients
 from torch import Tensor
 
 import attnrt
-from attnrt import execution, operators, recompute, runtime
+from attnrt import halves, operators, recompute, runtime
 from attnrt.execution import AT_RUN_TIME
 from attnrt.operands import Operands
 
@@ -237,8 +237,8 @@ def test_a_backward_after_everything_was_forgotten() -> None:
     want = plain(q, k, v)
     out = operators.FORWARD(*arguments(Case(q, k, v, "bhsd"), backend="paired"))[0]
     attnrt.refresh()
-    execution._ran.clear()
-    execution._halves.clear()
+    halves.ran.clear()
+    halves.known.clear()
     scaled_by(3.0, (out.detach(), *torch.autograd.grad(out.sum(), (q, k, v))), want)
 
 

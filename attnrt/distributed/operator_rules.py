@@ -14,7 +14,8 @@ from torch.distributed.tensor.experimental import register_sharding
 from attnrt.distributed.dtensor import DIMS, LSE
 from attnrt.errors import ArgumentError
 from attnrt.operands import Operands
-from attnrt.operators import BACKWARD, FORWARD, FORWARD_DROPOUT, OPTIONS, TENSORS
+from attnrt.execution import Options, settled
+from attnrt.operators import BACKWARD, FORWARD, FORWARD_DROPOUT, INFERENCE, OPTIONS, TENSORS
 
 _NAMES = ("q", "k", "v", *Operands._fields)
 Rule = tuple[list[Any], list[Any]]
@@ -22,8 +23,8 @@ Rule = tuple[list[Any], list[Any]]
 
 
 def _forward(*arguments: Any) -> list[Rule]:
-    tensors, options = arguments[:TENSORS], arguments[TENSORS:]
-    layout, keeps_lse = options[0], options[10] or any(options[15])
+    tensors, options = arguments[:TENSORS], Options(*arguments[TENSORS:])
+    layout, keeps_lse = options.layout, options.return_lse or any(options.grads)
     found: list[Rule] = []
     for kind, inputs in _cuts(tensors, layout, tensors):
         lse = _at(LSE[layout], kind) if keeps_lse else Replicate()
@@ -31,9 +32,15 @@ def _forward(*arguments: Any) -> list[Rule]:
     return found
 
 
+def _inference(*arguments: Any) -> list[Rule]:
+    *tensors, call, choice = arguments
+    cuts = _cuts(tensors, settled(call, choice).layout, tensors)
+    return [([inputs[0]], [*inputs, None, None]) for _, inputs in cuts]
+
+
 def _backward(grad: Any, *arguments: Any) -> list[Rule]:
-    tensors, options, wanted = arguments[:TENSORS], arguments[TENSORS + 3 : -1], arguments[-1]
-    layout = options[0]
+    tensors, wanted = arguments[:TENSORS], arguments[-1]
+    layout = Options(*arguments[TENSORS + 3 : -1]).layout
     found: list[Rule] = []
     for kind, inputs in _cuts(tensors, layout, (grad, *tensors)):
         lse = _at(LSE[layout], kind)
@@ -92,4 +99,5 @@ def _gradient(placement: Any, kind: str) -> Any:
 
 
 register_sharding([FORWARD, FORWARD_DROPOUT])(_forward)
+register_sharding(INFERENCE)(_inference)
 register_sharding(BACKWARD)(_backward)
