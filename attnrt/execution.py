@@ -71,7 +71,7 @@ def settled(call: str, choice: str) -> Options:
     """What `in_words` said, for inference."""
     found = _settled.get((call, choice))
     if found is None:
-        found = Options(*literal_eval(call), "", choice, (False,) * 5)
+        found = Options._make((*literal_eval(call), "", choice, (False,) * 5))
         halves.remember(_settled, (call, choice), found)
     return found
 

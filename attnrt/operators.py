@@ -61,7 +61,7 @@ INFERENCE = torch.ops.attnrt.attention_inference.default
 
 
 def _options(arguments: Any) -> Options:
-    return Options(*arguments[:-1], tuple(arguments[-1]))
+    return Options._make((*arguments[:-1], tuple(arguments[-1])))
 
 
 _NONE = (None,) * len(Operands._fields)

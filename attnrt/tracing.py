@@ -114,12 +114,12 @@ def attention(
         same = operands.cu_seqlens_q is operands.cu_seqlens_kv, operands.seqlens_q is operands.seqlens_kv
         scalars = (layout, causal, (left, right), alignment, softcap, dropout_p, scale, max_seqlen_q, max_seqlen_kv)
         choice = choose(facts, same, tuple(grads), scalars, return_lse, deterministic, backend, name, blocks)
-    options = (layout, causal, left, right, alignment, softcap, dropout_p, scale, max_seqlen_q, max_seqlen_kv)
-    options = (*options, return_lse, deterministic, backend, name)
+    options: tuple[Any, ...] = (layout, causal, left, right, alignment, softcap, dropout_p, scale)
+    options = (*options, max_seqlen_q, max_seqlen_kv, return_lse, deterministic, backend, name)
     # Inside no graph, or one that leaves something to its runs, every option is an argument.
     lean = choice not in ("", DYNAMIC, AT_RUN_TIME) and not (blocks or dropout_p or return_lse or any(grads))
     operator: Any = operators.FORWARD_DROPOUT if dropout_p else operators.FORWARD
-    arguments = (q, k, v, *operands, *options, blocks, choice, grads)
+    arguments: tuple[Any, ...] = (q, k, v, *operands, *options, blocks, choice, grads)
     if lean:
         operator, arguments = operators.INFERENCE, (q, k, v, *operands, in_words(*options), choice)
     elif not torch.compiler.is_compiling() and operators.transform() is not None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from attnrt import attention, last_decision
+from attnrt import attention, execution, last_decision
 from attnrt.errors import ArgumentError
 from attnrt.execution import device_facts
 from attnrt.operands import NO_OPERANDS, bind
@@ -26,7 +26,7 @@ SWITCHES: dict[str, Callable[[bool], None]] = {
 
 @pytest.fixture(autouse=True)
 def switch_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(execution, "_capturing", lambda: False)
     yield
     torch.set_float32_matmul_precision("highest")
 
@@ -54,7 +54,7 @@ def test_plans_are_kept_apart(how: str) -> None:
     """A tensor on a GPU that is not here: what the key of its plan is made of."""
 
     def facts(dtype: torch.dtype) -> Any:
-        x: Any = SimpleNamespace(device="cuda:0", data_ptr=lambda: 0, is_cuda=True, dtype=dtype)
+        x: Any = SimpleNamespace(get_device=lambda: 0, data_ptr=lambda: 0, is_cuda=True, dtype=dtype)
         return device_facts(x, x, x)
 
     seen = []

@@ -13,8 +13,8 @@ from torch.distributed.tensor.experimental import register_sharding
 
 from attnrt.distributed.dtensor import DIMS, LSE
 from attnrt.errors import ArgumentError
-from attnrt.operands import Operands
 from attnrt.execution import Options, settled
+from attnrt.operands import Operands
 from attnrt.operators import BACKWARD, FORWARD, FORWARD_DROPOUT, INFERENCE, OPTIONS, TENSORS
 
 _NAMES = ("q", "k", "v", *Operands._fields)
