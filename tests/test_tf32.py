@@ -26,7 +26,8 @@ SWITCHES: dict[str, Callable[[bool], None]] = {
 
 @pytest.fixture(autouse=True)
 def switch_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(execution, "_capturing", lambda: False)
+    for module, name in ((torch.cuda, "is_current_stream_capturing"), (execution, "_capturing")):
+        monkeypatch.setattr(module, name, lambda: False)
     yield
     torch.set_float32_matmul_precision("highest")
 
