@@ -57,6 +57,8 @@ class Point(NamedTuple):
     """On the device alone: what a CUDA graph replays."""
     wrong: Mapping[str, str]
     date: str
+    host: Mapping[str, float] = {}
+    """Until the call has returned to Python; nothing on a CPU, where that is the call."""
 
 
 @dataclass(frozen=True)
@@ -153,24 +155,54 @@ class Table:
         return {name: said for p in self.points.get(kind, ()) for name, said in p.wrong.items()}
 
 
-def relative(near: list[tuple[float, Point]], able: Container[str], replayed: bool = False) -> dict[str, float]:
-    """Estimated time of each able kernel over that of the fastest: the measured ratios, nearer calls counting more.
+def relative(
+    near: list[tuple[float, Point]], able: Container[str], place: Place, replayed: bool = False
+) -> dict[str, float]:
+    """Estimated time of each able kernel at `place` over that of the fastest, nearer calls counting more.
+
+    On the device the measured ratios are carried over, on the host the times: what a call costs there does not grow
+    with it, so a kernel that was the slower one in a short call for its host alone is not in a longer one.
 
     Args:
         replayed: the call is captured in a CUDA graph, so the host's time does not count.
     """
-    sums: dict[str, list[float]] = {}
+    ratios, hosts = Logs(), Logs()
+    best = Logs()
     for d, point in near:
-        measured = point.device if replayed else point.seconds
-        seconds = {name: value for name, value in measured.items() if name in able}
-        weight, best = 1 / max(d * d, 1e-9), min(seconds.values(), default=1.0)
-        for name, value in seconds.items():
-            entry = sums.setdefault(name, [0.0, 0.0])
-            entry[0] += weight * math.log(value / best)
-            entry[1] += weight
-    logs = {name: total / weight for name, (total, weight) in sums.items()}
-    least = min(logs.values(), default=0.0)
-    return {name: math.exp(value - least) for name, value in logs.items()}
+        device = {name: value for name, value in point.device.items() if name in able}
+        weight, least = 1 / max(d * d, 1e-9), min(device.values(), default=1.0)
+        best.add("", weight, least / work(point.place))
+        for name, value in device.items():
+            ratios.add(name, weight, value / least)
+            if name in point.host and not replayed:
+                hosts.add(name, weight, point.host[name])
+    if not (found := ratios.means()):
+        return {}
+    fastest, host = best.means()[""] * work(place), hosts.means()
+    seconds = {name: max(ratio * fastest, host.get(name, 0.0)) for name, ratio in found.items()}
+    shortest = min(seconds.values())
+    return {name: value / shortest for name, value in seconds.items()}
+
+
+def work(place: Place) -> float:
+    """What the time on a device grows with, within a kind: scores."""
+    seen = min(place.seqlen_kv, place.window or place.seqlen_kv)
+    return float(place.batch * place.heads_q * place.seqlen_q * max(1, seen))
+
+
+class Logs:
+    """Weighted geometric means by name."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[float]] = {}
+
+    def add(self, name: str, weight: float, value: float) -> None:
+        entry = self._sums.setdefault(name, [0.0, 0.0])
+        entry[0] += weight * math.log(value)
+        entry[1] += weight
+
+    def means(self) -> dict[str, float]:
+        return {name: math.exp(total / weight) for name, (total, weight) in self._sums.items()}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -228,7 +260,7 @@ class MeasuredPolicy(Policy):
         kind, place = kind_of(request), place_of(request)
         wrong = table.wrong(kind)
         near = table.nearest(kind, place)
-        times = relative(near, self.kernels.keys() - wrong.keys(), request.capturing)
+        times = relative(near, self.kernels.keys() - wrong.keys(), place, request.capturing)
         if not times:
             what = f"no call near {place.heads}, {place.lengths}" if kind in table.points else f"nothing for {kind}"
             told = (f"tuned policy from {table.file}, measured {table.date[:10]}, has {what}", *notices)

@@ -122,7 +122,10 @@ class TunedFile(Entry):
             for call in entry.calls:
                 device = {name: ms * 1e-3 for name, ms in call.ms.items()}
                 seconds = {name: max(s, call.host_ms.get(name, 0.0) * 1e-3) for name, s in device.items()}
-                points.setdefault(entry.kind, []).append(Point(call.place, seconds, device, call.wrong, call.date))
+                host = {name: ms * 1e-3 for name, ms in call.host_ms.items() if ms > 0}
+                points.setdefault(entry.kind, []).append(
+                    Point(call.place, seconds, device, call.wrong, call.date, host)
+                )
         date = max((c.date for k in self.kinds for c in k.calls), default="")
         kept = {kind: tuple(found) for kind, found in points.items()}
         return Table(file, self.measured_on.machine(), self.margin, date, kept)
