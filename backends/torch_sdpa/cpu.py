@@ -109,28 +109,24 @@ def _plain(r: AttentionRequest) -> Run:
     """As little as possible around PyTorch's own call: its host time is what small calls cost."""
     # Not the name in torch.nn.functional, which `attnrt.patch_sdpa` replaces.
     sdpa, causal, scale, gqa = torch._C._nn.scaled_dot_product_attention, r.is_causal, r.scale, r.group > 1
+    compiled = r.compiled
     allowed: Callable[[], bool] = torch.backends.cuda.flash_sdp_enabled
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
-    def direct(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        # The operator by itself inside somebody's sdpa_kernel(...) block that excludes flash: what was reported runs
+        # all the same. And in a graph: amid other work PyTorch's own choice is out of the processor's caches.
+        if not compiled and allowed():
+            return sdpa(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=gqa)
         return kernel(q, k, v, 0.0, causal, scale=scale)[0]
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        if allowed():
-            return sdpa(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=gqa)
-        # Inside somebody's sdpa_kernel(...) block that excludes flash: what was reported runs all the same.
-        return direct(q, k, v)
-
-    if r.compiled:
-        # Among other work the code of PyTorch's own dispatch is out of the processor's caches each time.
-        return lambda q, k, v, operands: from_bhsd(direct(*(as_bhsd(t, r.layout) for t in (q, k, v))), r.layout)
     match r.layout:
         case "bhsd":
 
             def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
-                if allowed():
+                if not compiled and allowed():
                     return sdpa(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=gqa)
-                return direct(q, k, v)
+                return kernel(q, k, v, 0.0, causal, scale=scale)[0]
 
         case "bshd":
 
@@ -148,13 +144,14 @@ def _plain(r: AttentionRequest) -> Run:
 
 def _tiled(r: AttentionRequest) -> Run:
     # Imported late: it needs the CPU kernel's own operators.
-    from attnrt.backends.torch_sdpa.cpu_tiles import Tiled
+    from attnrt.backends.torch_sdpa.cpu_tiles import Tiled, forward
 
     layout, dim_v, plan = r.layout, r.head_dim_v, _planned(r)
+    attend: Callable[..., tuple[Tensor, Tensor]] = Tiled.apply if r.needs_grad else forward
 
     def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
         q, k, v = (_fit(as_bhsd(t, layout), r.head_dim) for t in (q, k, v))
-        out, lse = Tiled.apply(q, k, v, *_added(operands), r, plan(operands))  # type: ignore[no-untyped-call]
+        out, lse = attend(q, k, v, *_added(operands), r, plan(operands))
         out = from_bhsd(out[..., :dim_v], layout)
         if not r.needs_lse:
             return out

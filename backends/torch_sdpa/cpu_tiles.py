@@ -15,6 +15,9 @@ from attnrt.request import AttentionRequest
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
+_ADDED = {d: torch.tensor([0.0, -math.inf], dtype=d, device="cpu") for d in (torch.float32, torch.float64)}
+"""What a mask adds to a score that is seen, and to one that is not."""
+
 
 class Tiled(torch.autograd.Function):
     """(q, k, v, mask, bias, slopes, sinks, request, tiles) -> output (B, Hq, Sq, D), LSE (B, Hq, Sq), -inf if dead.
@@ -151,7 +154,7 @@ def _call(
 ) -> tuple[Tensor, Tensor]:
     chunk = tile_mask(r, tile, mask, bias, slopes)
     out, lse = _forward(q, k, v, 0.0, tile.causal, attn_mask=chunk, scale=r.scale)
-    if chunk is not None:  # the kernel gives 0 as a dead row's LSE
+    if chunk is not None and (r.needs_grad or r.needs_lse or r.sinks):  # the kernel gives 0 as a dead row's LSE
         lse = lse.masked_fill_(chunk.amax(-1) == -math.inf, -math.inf)
     return out, lse
 
@@ -171,7 +174,10 @@ def tile_mask(
         chunk = part.to(dtype) if chunk is None else chunk.add_(part)
     hidden: Tensor | None = None
     if mask is not None:
-        hidden = ~_rectangle(mask, tile)
+        seen = _rectangle(mask, tile)
+        if chunk is None and not tile.banded:
+            return torch.where(seen, _ADDED[dtype][0], _ADDED[dtype][1])
+        hidden = ~seen
     if tile.banded:
         offsets = _offsets(tile, torch.int32)
         if r.left is not None:
