@@ -114,5 +114,6 @@ def _no_arithmetic(name: str) -> Any:
     return refuse
 
 
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "and", "rand", "or", "ror", "invert", "lt", "gt"):
+_OPERATIONS = "add radd sub rsub mul rmul truediv and rand or ror xor rxor invert neg lt le gt ge"
+for _name in _OPERATIONS.split():
     setattr(StructuredMask, f"__{_name}__", _no_arithmetic(_name))

@@ -108,6 +108,8 @@ class SelfAttention(_Attention):
         if step is not None:
             if cu_seqlens is not None or seqlens is not None or attention_mask is not None:
                 raise ArgumentError("step", step, "a cache keeps the lengths; leave out seqlens and masks")
+            if self.config.attn_mask_type == "arbitrary":
+                raise ArgumentError("step", step, "a cache takes no mask, which attn_mask_type='arbitrary' needs")
             out = self._cached(q, k, v, layout, step, options)
         else:
             if layout == "thd":

@@ -214,6 +214,9 @@ def test_cropping_keys_and_moving() -> None:
         lambda m: m[..., :3],
         lambda m: ~m,
         lambda m: m & True,
+        lambda m: -m,
+        lambda m: m <= 0,
+        lambda m: m / 2,
     ],
 )
 def test_calculating_with_it_is_refused(use: Any) -> None:

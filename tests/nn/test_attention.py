@@ -11,7 +11,7 @@ from torch import Tensor
 
 import attnrt
 from attnrt.errors import ArgumentError
-from attnrt.nn import AttentionConfig, CrossAttention, DotProductAttention, SelfAttention, split_kv
+from attnrt.nn import AttentionConfig, CrossAttention, DotProductAttention, KVCache, SelfAttention, split_kv
 
 HIDDEN = 48
 
@@ -163,6 +163,9 @@ def test_bad_calls() -> None:
         module(torch.randn(2, 5, HIDDEN).double(), cu_seqlens=torch.tensor([0, 5], dtype=torch.int32))
     with pytest.raises(ArgumentError, match="rotary"):
         layer(position_embedding_type="none")(torch.randn(1, 2, HIDDEN).double(), rotary=(torch.ones(2, 4),) * 2)
+    arbitrary = layer(attn_mask_type="arbitrary")  # its mask would be left out
+    with torch.no_grad(), pytest.raises(ArgumentError, match="arbitrary"):
+        arbitrary(torch.randn(1, 2, HIDDEN).double(), step=KVCache(1, 1, 4, 2, 8, dtype=torch.float64).extend(2))
     cross = CrossAttention(config())
     with pytest.raises(ArgumentError, match="keys_values"):
         cross(torch.randn(1, 2, HIDDEN))
