@@ -51,14 +51,17 @@ class Point(NamedTuple):
     """One measured call: seconds by kernel name ("torch.flash_cpu"), what was wrong with others, and when."""
 
     place: Place
-    seconds: Mapping[str, float]
-    """In a long row of calls: on the device, or until they have returned to Python if that is longer."""
     device: Mapping[str, float]
     """On the device alone: what a CUDA graph replays."""
     wrong: Mapping[str, str]
     date: str
     host: Mapping[str, float] = {}
     """Until the call has returned to Python; nothing on a CPU, where that is the call."""
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """In a long row of calls: on the device, or until they have returned to Python if that is longer."""
+        return {name: max(value, self.host.get(name, 0.0)) for name, value in self.device.items()}
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ class Table:
 
     @cached_property
     def kernels(self) -> frozenset[str]:
-        return frozenset(name for points in self.points.values() for p in points for name in p.seconds)
+        return frozenset(name for points in self.points.values() for p in points for name in p.device)
 
     def nearest(self, kind: Kind, place: Place) -> list[tuple[float, Point]]:
         """(distance, point) of the measured calls around this one, nearest first. An exact one stands alone.
@@ -135,7 +138,7 @@ class Table:
         than to the call.
         """
         found = sorted(
-            ((distance(place, p.place), i, p) for i, p in enumerate(self.points.get(kind, ())) if p.seconds),
+            ((distance(place, p.place), i, p) for i, p in enumerate(self.points.get(kind, ())) if p.device),
             key=lambda entry: entry[:2],
         )
         if not found or found[0][0] > REACH:

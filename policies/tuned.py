@@ -121,11 +121,8 @@ class TunedFile(Entry):
         for entry in self.kinds:
             for call in entry.calls:
                 device = {name: ms * 1e-3 for name, ms in call.ms.items()}
-                seconds = {name: max(s, call.host_ms.get(name, 0.0) * 1e-3) for name, s in device.items()}
                 host = {name: ms * 1e-3 for name, ms in call.host_ms.items() if ms > 0}
-                points.setdefault(entry.kind, []).append(
-                    Point(call.place, seconds, device, call.wrong, call.date, host)
-                )
+                points.setdefault(entry.kind, []).append(Point(call.place, device, call.wrong, call.date, host))
         date = max((c.date for k in self.kinds for c in k.calls), default="")
         kept = {kind: tuple(found) for kind, found in points.items()}
         return Table(file, self.measured_on.machine(), self.margin, date, kept)
