@@ -244,7 +244,8 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
     rows, bandwidth = merged(results), float(results[-1]["copy_gbs"])
     titles = dict.fromkeys(title_of(r["seen_on"]) for r in results)
     parts = [
-        f"By `benchmarks/kernels.py`: {'; then '.join(titles)}. Bold: the kernel that is chosen. The backward is one.",
+        f"By `benchmarks/kernels.py`: {'; then '.join(titles)}. Bold: the kernel that is chosen. "
+        "Backward: hopper walks once, portable twice.",
         "",
         "| | D | heads | mask | B | S | hopper | portable | PyTorch cuDNN | PyTorch flash |",
         "|---|---|---|---|---|---|---|---|---|---|",

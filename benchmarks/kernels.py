@@ -21,7 +21,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
@@ -37,7 +37,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attnrt.backends.base import Kernel, reasons
 from attnrt.backends.torch_sdpa import TorchSDPA
-from attnrt.backends.triton import TritonBackend
+from attnrt.backends.triton import TritonBackend, adapter
+from attnrt.backends.triton.rules import FUSED_DIM, fused_backward, fusible
 from attnrt.environment import Environment
 from attnrt.operands import NO_OPERANDS, Operands, bind
 from attnrt.request import AttentionRequest
@@ -141,12 +142,14 @@ def taking(request: AttentionRequest) -> str | None:
 
 
 def calls(shape: Shape, qkv: list[Tensor], operands: Operands, layout: str) -> dict[str, Prepare]:
-    """By label, what prepares a call; preparing or calling raises where a kernel fails. Ours only where they can run;
-    of the backward, which they share, only the portable one's."""
+    """By label, what prepares a call; preparing or calling raises where a kernel fails. Ours only where they can run.
+    They share the backward: there the labels are those of its two kinds, `fused` and portable."""
     request = asked(shape, qkv, operands, layout)
+    training = request.needs_grad
 
     def prepared(kernel: Kernel) -> Callable[[], Tensor]:
-        run = kernel.prepare(request, environment())
+        portable = training and kernel.name == "portable"
+        run = kernel.prepare(replace(request, deterministic=portable), environment())
         return lambda: run(*qkv, operands)
 
     def pinned(backend: SDPBackend) -> Callable[[], Tensor]:
@@ -161,7 +164,9 @@ def calls(shape: Shape, qkv: list[Tensor], operands: Operands, layout: str) -> d
     for name, kernel in ours().items():
         refused = {r.rule for r in reasons(kernel.all_rules, request, environment())} - SPEED_RULES
         wanted = name == "triton[decode]" if shape.kind == "decode" else name != "triton[decode]"
-        if wanted and not refused and not (request.needs_grad and name == "triton[hopper]"):
+        if training and name == "triton[hopper]":
+            wanted = fusible(request, environment())
+        if wanted and not refused:
             made[name] = partial(prepared, kernel)
     if shape.window is None and not shape.lengths:
         made |= {name: partial(pinned, backend) for name, backend in PINNED.items()}
@@ -183,9 +188,10 @@ def described(shape: Shape, direction: str) -> Iterator[tuple[str, dict[str, Any
         options["window"] = (shape.window, 0)
     if shape.lengths:
         options |= {"layout": "thd", "operands": ("cu_seqlens",)}
-    yield "portable", options
+    yield "portable", options | {"deterministic": direction == "backward"}
     windowed = shape.window is not None and shape.dim == 256
-    if direction == "forward" and not windowed and environment().sm is not None and environment().sm // 10 == 9:
+    hopper = not windowed if direction == "forward" else shape.dim == FUSED_DIM and not shape.lengths
+    if hopper and environment().sm is not None and environment().sm // 10 == 9:
         yield "hopper", options
 
 
@@ -269,7 +275,9 @@ def measure(shape: Shape, direction: str) -> list[Row]:
     training = direction == "backward"
     inputs, operands, layout = tensors(shape, training)
     made = calls(shape, inputs, operands, layout)
-    pick = "triton[portable]" if training else taking(asked(shape, inputs, operands, layout))
+    request = asked(shape, inputs, operands, layout)
+    fused = "triton[hopper]" if fused_backward(request, environment()) else "triton[portable]"
+    pick = fused if training else taking(request)
     cotangent = torch.randn_like(inputs[0]) if training else None
     rows: list[Row] = []
     truth: list[Tensor] = []
@@ -359,6 +367,7 @@ def main() -> None:
     seen = versions() | {"date": datetime.now(UTC).isoformat(timespec="seconds")}
     print(title_of(seen), flush=True)
     work = work_of(options)
+    adapter.fused_backward = fusible  # timed where it is not chosen too
     compile_ahead(environment().arch, [call for shape, d in work for call in described(shape, d)])
     bandwidth = copy_gbs()
     print(f"a copy moves {bandwidth:.0f} GB/s; below: TFLOP/s (ratio to the best vendor kernel), * what is chosen\n")

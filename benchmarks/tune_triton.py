@@ -146,7 +146,14 @@ def compile_candidate(arch: str, row: Row, tile: Tile, calls: tuple[str, ...]) -
         try:
             with using(row.name, tile), tools.recorded(int(arch[2:])) as found:
                 training = row.name != "forward"
-                tools.run_call(arch, (row.dim, row.dim), kernel=Portable(), training=training, **tools.FEATURES[call])
+                tools.run_call(
+                    arch,
+                    (row.dim, row.dim),
+                    kernel=Portable(),
+                    training=training,
+                    deterministic=True,
+                    **tools.FEATURES[call],
+                )
         except Exception as error:
             return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         for kernel, compiled in found:
@@ -214,7 +221,7 @@ def call_of(row: Row, call: str) -> Callable[[], tuple[torch.Tensor, ...]]:
     request = bind(
         q, k, v, operands, layout=layout, causal=not call.endswith("full"), window=None, alignment=None,
         softcap=30.0 if call == "softcap" else None, dropout_p=0.0, scale=None, max_seqlen_q=None, max_seqlen_kv=None,
-        deterministic=False, return_lse=False,
+        deterministic=True, return_lse=False,  # the walks that the tiles are of: see rules.fused_backward
     )  # fmt: skip
     request = replace(request, tf32=row.kind == "tf32")
     run = Portable().prepare(request, Environment.detect(DEVICE))

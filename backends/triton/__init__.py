@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnrt.backends.base import FEATURE_NAMES, Backend, Kernel, linear_bytes
-from attnrt.backends.triton.rules import DECODE_RULES, HOPPER_RULES, RULES
+from attnrt.backends.triton.rules import DECODE_RULES, HOPPER_RULES, RULES, fused_backward
 from attnrt.environment import Environment
 from attnrt.request import AttentionRequest
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 class Portable(Kernel):
-    """Runs wherever Triton does from sm80 on. Its backward needs no atomics, so it is always deterministic."""
+    """Runs wherever Triton does from sm80 on. Its backward has two walks without atomics; on Hopper, where that is not
+    asked for, one walk with them (rules.fused_backward)."""
 
     name = "portable"
     title = "the portable Triton kernel"
@@ -32,6 +33,9 @@ class Portable(Kernel):
     def bytes(self, request: AttentionRequest, environment: Environment) -> int:
         bias = request.bias
         grad = bias.elements * 4 if bias is not None and bias.requires_grad else 0  # summed in float32
+        r = request
+        if r.needs_grad and fused_backward(r, environment):  # dq is summed in float32, in whole blocks
+            grad += 4 * r.heads_q * r.head_dim_qk * 128 * -(-r.seqlen_q // 128) * r.batch
         return linear_bytes(request) + grad
 
     def prepare(self, request: AttentionRequest, environment: Environment) -> Run:
@@ -46,7 +50,7 @@ class Portable(Kernel):
 
 
 class Hopper(Portable):
-    """A forward in Gluon that overlaps the softmax with the matrix products; the backward is the portable one."""
+    """A forward in Gluon that overlaps the softmax with the matrix products; the backward is the portable kernel's."""
 
     name = "hopper"
     title = "the Hopper kernel"

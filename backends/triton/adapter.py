@@ -17,6 +17,7 @@ from attnrt.backends.triton import hopper as gluon
 from attnrt.backends.triton.decode import decode_pass, outputs, slopes_of, split_count
 from attnrt.backends.triton.forward import forward
 from attnrt.backends.triton.replay import Recording, on
+from attnrt.backends.triton.rules import fused_backward
 from attnrt.backends.triton.scores import Matrix, Plane
 from attnrt.backends.triton.tiles import PASSES, Tile, block_dim, section, tile_for
 from attnrt.environment import Environment
@@ -47,6 +48,8 @@ class Plan:
     """The GPU fetches tiles by descriptor (sm90 and later)."""
     hopper: bool = False
     """The forward is the Gluon kernel."""
+    fused: bool = False
+    """The backward is the Gluon kernel, where dq, dk and dv are wanted and the hardware can fetch the tensors."""
     whole: bool = True
     """The backward's output and LSE are of the keys that it gets, and not of more (`pair`)."""
     constants: dict[str, Any] = field(init=False)
@@ -115,7 +118,9 @@ class Plan:
 
 def plan_for(request: AttentionRequest, environment: Environment, hopper: bool = False, whole: bool = True) -> Plan:
     tiles = {name: tile_for(name, request, environment) for name in PASSES}
-    return Plan(request, tiles, tma=environment.sm is not None and environment.sm >= 90, hopper=hopper, whole=whole)
+    sm = environment.sm or 0
+    fused = gluon.backward_available() and fused_backward(request, environment)
+    return Plan(request, tiles, tma=sm >= 90, hopper=hopper, fused=fused, whole=whole)
 
 
 def prepare(request: AttentionRequest, environment: Environment, hopper: bool = False) -> Run:
@@ -268,7 +273,9 @@ def launch_backward(
     stats = torch.empty((2, r.heads_q, stats_rows), dtype=torch.float32, device=q.device)
     row_tiles = padded_q // STATS_ROWS
     dsinks = torch.empty((r.batch, r.heads_q, row_tiles), device=q.device) if wanted[4] else None
-    made = (*stats.unbind(), dq, dk, dv, dbias, dsinks)
+    fused = plan.fused and all(wanted[:3]) and all(gluon.fetchable(x) for x in (q, k, v, grad))
+    sums = q.new_zeros((r.heads_q, stats_rows, r.head_dim_qk), dtype=torch.float32) if fused else None
+    made = (*stats.unbind(), sums, dq, dk, dv, dbias, dsinks)
     tensors = (q, k, v, saved.out, saved.lse, saved.seed, grad, *made, *_given(operands))
     with on(q):
         recording = plan.backward.get(wanted)
@@ -281,7 +288,7 @@ def launch_backward(
 
 def _backward_pass(plan: Plan, launch: Any, tensors: Sequence[Any]) -> None:
     r = plan.request
-    q, k, v, out, lse, seed, grad, lse2, delta, dq, dk, dv, dbias, dsinks, *given = tensors
+    q, k, v, out, lse, seed, grad, lse2, delta, sums, dq, dk, dv, dbias, dsinks, *given = tensors
     sinks, *lengths = given[3:]
     stats, stats_rows, padded_q, pairs = (lse2, delta), lse2.shape[1], plan.padded_q, r.batch * r.heads_q
     q_, k_, v_, dout = (plan.matrix(x) for x in (q, k, v, grad))
@@ -306,6 +313,9 @@ def _backward_pass(plan: Plan, launch: Any, tensors: Sequence[Any]) -> None:
             LONGEST_FIRST=plan.longest_first,
             **plan.options("dq"),
         )
+    if sums is not None:
+        made = (plan.matrix(dq), dk, dv)
+        return gluon.launch_backward(q, k, v, grad, stats, sums, made, r, padded_q, launch)
     if dk is not None:
         tile = plan.tiles["dkdv"]
         tiles = -(-r.seqlen_kv // tile.block_n)

@@ -1,4 +1,4 @@
-"""Launching the Hopper forward (hopper_kernel.py): its descriptors and its grid."""
+"""Launching the Hopper kernels (hopper_kernel.py, hopper_backward.py): their descriptors and grids."""
 
 # mypy: ignore-errors
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from attnrt.backends.triton import hopper_backward
+from attnrt.backends.triton.hopper_backward import KEYS, LINE, backward, finish_dq
 from attnrt.backends.triton.hopper_kernel import BLOCK_M, MISSING, ROWS, forward
 from attnrt.backends.triton.launch import launch as launch_kernel
 from attnrt.backends.triton.scores import LOG2E
@@ -26,6 +28,11 @@ if MISSING is None:
 def available() -> bool:
     """Gluon imports. `MISSING` says why not."""
     return MISSING is None
+
+
+def backward_available() -> bool:
+    """The backward's part of Gluon is there too."""
+    return hopper_backward.MISSING is None
 
 
 WARPS = 4
@@ -88,6 +95,60 @@ def launch(
         FOLDED=folded,
         num_warps=WARPS,
     )
+
+
+def fetchable(x: Tensor) -> bool:
+    """The hardware can copy tiles of x: its addresses are whole 16 bytes, and no dim is expanded."""
+    *steps, last = x.stride()
+    size = x.element_size()
+    return last == 1 and x.data_ptr() % 16 == 0 and all(s and s * size % 16 == 0 for s in steps)
+
+
+def launch_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    stats: tuple[Tensor, Tensor],
+    sums: Tensor,
+    made: tuple[Any, Tensor, Tensor],
+    request: AttentionRequest,
+    padded_q: int,
+    launch: Any = launch_kernel,
+) -> None:
+    """Fill dq (a `Matrix`), dk and dv, which are `made`. All tensors but dq are `fetchable`. stats: LSE and delta as
+    backward.preprocess leaves them, (Hq, rows) each; sums: zeros, (Hq, rows, D), float32."""
+    r, (lse2, delta), (dq, dk, dv) = request, stats, made
+    tiles, pairs = -(-r.seqlen_kv // KEYS.value), r.batch * r.heads_kv
+    shift = r.seqlen_kv - r.seqlen_q if r.alignment == "bottom_right" else 0
+    rows = lse2.shape[1]
+    launch(
+        backward,
+        (tiles * pairs,),
+        *(descriptor(x, r.layout, ROWS.value) for x in (q, grad, k, v, dk, dv)),
+        *(lines(x, 1, ROWS.value) for x in (lse2, delta)),
+        lines(sums, ROWS.value * r.head_dim_qk // 2 // LINE.value, LINE.value),
+        *(r.scale * LOG2E.value, r.left or 0, UNBOUNDED if r.right is None else r.right, shift),
+        *(r.heads_kv, r.group, r.seqlen_q, r.seqlen_kv, padded_q, rows),
+        *(tiles, pairs, min(pairs, section(r, 1))),
+        D=r.head_dim_qk,
+        LEFT=r.left is not None,
+        num_warps=WARPS,
+    )
+    launch(
+        finish_dq,
+        (-(-r.seqlen_q // ROWS.value), r.batch * r.heads_q),
+        *(sums, dq, r.scale, r.heads_q, r.seqlen_q, padded_q, rows),
+        DIM=r.head_dim_qk,
+        BLOCK=ROWS.value,
+        num_warps=WARPS,
+    )
+
+
+def lines(x: Tensor, rows: int, width: int) -> TensorDescriptor:
+    """(rows, width) tiles of a contiguous float32 tensor."""
+    plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return TensorDescriptor(x, [x.numel() // width, width], [width, 1], [rows, width], plain)
 
 
 def descriptor(x: Tensor, layout: str, rows: int) -> TensorDescriptor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attnrt.backends.base import Rule, between, needs_nvidia
 from attnrt.backends.triton.tiles import hopper_has
+from attnrt.environment import Environment
 from attnrt.request import AttentionRequest
 
 _DESIGN = "the kernel's design: tiles of one head, fp32 accumulation"
@@ -113,3 +114,19 @@ HOPPER_RULES = (
         "an expanded dim (stride 0) cannot be copied by the hardware, as the Hopper kernel does",
     ),
 )
+
+
+FUSED_DIM = 128
+
+
+def fusible(r: AttentionRequest, e: Environment) -> bool:
+    """The Hopper backward (hopper_backward.py) is written for this call: no feature but a band and sinks, and sums of
+    dq whose order changes from run to run."""
+    here = between(e, 90, 100) and not e.lacks("triton", ">=3.6,<3.10")
+    plain = r.dtype in ("fp16", "bf16") and r.head_dim_qk == r.head_dim_v == FUSED_DIM and not (r.padded or r.packed)
+    return here and plain and not (r.bias or r.mask or r.alibi or r.softcap or r.dropout_p or r.deterministic)
+
+
+def fused_backward(r: AttentionRequest, e: Environment) -> bool:
+    """The backward is the Hopper one: written for the call, and the faster one there."""
+    return fusible(r, e) and hopper_has("backward", r)

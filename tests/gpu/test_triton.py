@@ -325,6 +325,7 @@ def small() -> None:
     """Forward and backward with partial tiles everywhere."""
     for case in (
         call(200, 77, dim=64, heads=(2, 1)),
+        call(200, 333, dim=128, heads=(2, 1), causal=True, alignment="bottom_right"),
         packed(3, 130, 0, 65, dim=64, max_seqlen_q=130, max_seqlen_kv=130),
     ):
         for kernel in KERNELS.values():

@@ -439,3 +439,22 @@ def test_tuning_compares_answers_and_times(kind: str, monkeypatch: pytest.Monkey
         assert tune.time_candidate(row, TILES[0], wrong, first.ms).dropped.startswith("WRONG")
         fast = dict.fromkeys(first.ms, 0.1)
         assert tune.time_candidate(row, TILES[0], truth, fast).dropped.startswith("slow")
+
+
+def test_sums_of_the_hopper_backward_are_put_in_order() -> None:
+    """hopper_backward.finish_dq undoes the order in which threads held dQ (`in_order_of_threads`, of each half)."""
+    from attnrt.backends.triton import hopper_backward
+
+    batch, heads, seqlen, dim, padded_q = 2, 3, 100, 128, 128
+    torch.manual_seed(0)
+    dq = torch.randn(heads, batch, padded_q, dim)
+    halves = dq.view(heads * batch * padded_q // 64, 64, 2, dim // 2).transpose(1, 2)
+    parts = halves.reshape(-1, 4, 2, 8, dim // 32, 2, 4, 2).permute(0, 2, 4, 1, 3, 6, 5, 7)
+    sums, found = (
+        parts.reshape(heads, batch * padded_q, dim).contiguous(),
+        torch.full((batch, seqlen, heads, dim), math.nan),
+    )
+    to = scores.Matrix(found, found.stride(0), found.stride(2), found.stride(1))
+    rest = (0.5, heads, seqlen, padded_q, batch * padded_q)
+    replay.launch(hopper_backward.finish_dq, (2, batch * heads), sums, to, *rest, DIM=dim, BLOCK=64, num_warps=4)
+    assert torch.equal(found, 0.5 * dq[:, :, :seqlen].permute(1, 2, 0, 3))

@@ -11,14 +11,13 @@ import random
 import re
 import subprocess
 import tempfile
-import threading
-import time
 from pathlib import Path
-from types import FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+import teams
 import torch
+from teams import Pointer, barriers, memory
 
 triton = pytest.importorskip("triton", reason="needs triton")
 
@@ -139,119 +138,7 @@ def test_all_warps_are_done_before_one_thread_says_so(variant: Variant) -> None:
     assert arrivals >= 2 * 7  # of each consumer: 2 of the first and last block, 2 of each loop, 1 of the output
 
 
-# --- What its teams do: threads for warps, torch for wgmma, memory that is overwritten as soon as it may be ----------
-
-
-class Barrier:
-    """mbarrier: a phase ends when all arrivals are in and all announced bytes have come."""
-
-    def __init__(self, count: int) -> None:
-        self.count = self.pending = count
-        self.bytes = self.phase = 0
-        self.changed = threading.Condition()
-
-    def update(self, arrivals: int, size: int) -> None:
-        with self.changed:
-            self.pending -= arrivals
-            self.bytes += size
-            assert self.pending >= 0
-            if self.pending == self.bytes == 0:
-                self.pending = self.count
-                self.phase += 1
-                self.changed.notify_all()
-
-    def wait(self, parity: int) -> None:
-        with self.changed:
-            assert self.changed.wait_for(lambda: self.phase % 2 != parity, timeout=20), "deadlock"
-
-
-def arrive(barrier: Barrier, count: int) -> None:
-    barrier.update(count, 0)
-    time.sleep(1e-3)  # whoever waited for this goes first, and overwrites what it may
-
-
-class Memory:
-    """Shared memory: a ring, a slot of it, or a view of a slot."""
-
-    def __init__(self, data: torch.Tensor) -> None:
-        self.data, self.dtype, self.shape = data, data.dtype, data.shape
-
-    def index(self, slot: int) -> Memory:
-        return Memory(self.data[slot])
-
-    def reshape(self, shape: list[Any]) -> Memory:
-        return Memory(self.data.view([int(n) for n in shape]))
-
-    def permute(self, order: list[int]) -> Memory:
-        return Memory(self.data.permute(order))
-
-    def slice(self, start: int, length: int) -> Memory:
-        return Memory(self.data[start : start + length])
-
-    def load(self, _: Any) -> torch.Tensor:
-        return self.data.clone()
-
-    def store(self, value: torch.Tensor) -> None:
-        self.data.copy_(value)
-
-
-class Pointer(NamedTuple):
-    data: torch.Tensor
-    at: Any = 0
-
-    @property
-    def dtype(self) -> Any:
-        return SimpleNamespace(element_ty=self.data.dtype)
-
-    def __add__(self, offset: Any) -> Pointer:  # type: ignore[override]
-        return Pointer(self.data, self.at + offset)
-
-
-class Products(threading.local):
-    """Products of a warp group in flight. They run when they are waited for, the latest that they may."""
-
-    def __init__(self) -> None:
-        self.queue: list[SimpleNamespace] = []
-
-    def start(self, a: Any, b: Memory, acc: torch.Tensor, use_acc: bool = True, is_async: bool = False) -> Any:
-        self.queue.append(SimpleNamespace(a=a, b=b, acc=acc if use_acc else 0))
-        return self.queue[-1]
-
-    def wait(self, outstanding: int, deps: list[Any]) -> Any:
-        while len(self.queue) > outstanding:
-            one = self.queue.pop(0)
-            a = one.a.data if isinstance(one.a, Memory) else one.a
-            assert a.dtype == one.b.dtype
-            one.value = one.acc + a.float() @ one.b.data.float()
-        return deps[0].value
-
-
-def load(x: torch.Tensor, at: list[int], barrier: Barrier, to: Memory) -> None:
-    b, h, row, _ = at
-    rows = x[b, h, row : row + to.shape[-2]]
-    to.data.zero_()
-    to.data[0, 0, : len(rows)] = rows
-    barrier.update(0, -to.data.nbytes)
-
-
-def store(x: torch.Tensor, at: list[int], source: Memory) -> None:
-    b, h, row, _ = at
-    rows = x[b, h, row : row + source.shape[-2]]
-    rows.copy_(source.data[0, 0, : len(rows)])
-
-
-def scatter(pointer: Pointer, value: torch.Tensor, mask: torch.Tensor) -> None:
-    mask = mask.expand(pointer.at.shape)
-    pointer.data[pointer.at[mask]] = value[mask]
-
-
-def lowest(choose: Any) -> Any:
-    def of(a: Any, b: Any) -> Any:
-        if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-            return choose(torch.as_tensor(a), torch.as_tensor(b))
-        return a if choose(torch.tensor(a), torch.tensor(b)) == a else b
-
-    return of
+# --- What its teams do ----------------------------------------------------------------------------------------------
 
 
 NAMES = (
@@ -288,61 +175,19 @@ def emulate(r: AttentionRequest, q: Any, k: Any, v: Any, how: Launch, lengths: A
     dim, block_n = r.head_dim_qk, hopper.hopper_tiles()[r.head_dim_qk].block_n
     out, lse = torch.full_like(q, math.nan), torch.full(q.shape[:-1], math.nan)
     stages, queries = how.stages, how.queries
-    products = Products()
-    layouts = dict.fromkeys(
-        ("SliceLayout", "NVMMADistributedLayout", "DotOperandLayout", "BlockedLayout"), lambda *_, **__: None
-    )
     for program in range(programs):
-        gl = SimpleNamespace(
-            **layouts, float32=torch.float32, int64=torch.int64, static_range=range,
-            program_id=lambda _, program=program: program, num_programs=lambda _: programs,
-            minimum=lowest(torch.minimum), maximum=lowest(torch.maximum), where=torch.where,
-            exp2=torch.exp2, log2=torch.log2, max=torch.amax, sum=torch.sum, cast=lambda x, _: x, store=scatter,
-            load=lambda pointer: int(pointer.data[pointer.at]),
-            arange=lambda a, b, _: torch.arange(int(a), int(b)), convert_layout=lambda x, *_, **__: x,
-            zeros=lambda shape, dtype, _: torch.zeros([int(n) for n in shape]),
-            full=lambda shape, value, dtype, _: torch.full([int(n) for n in shape], value),
-        )  # fmt: skip
-        world: dict[str, Any] = {
-            "gl": gl, "ROWS": 64, "BLOCK_M": 128, "LN2": math.log(2), "float": float, "range": range,
-            "mbarrier": SimpleNamespace(
-                wait=lambda bar, parity: bar.wait(parity), expect=lambda bar, size: bar.update(1, size),
-                arrive=arrive,
-            ),
-            "tma": SimpleNamespace(store_wait=lambda _: None), "tma_load": load, "tma_store": store,
-            "fence_async_shared": lambda: None, "warpgroup_mma": products.start, "warpgroup_mma_wait": products.wait,
-        }  # fmt: skip
-        for name in NAMES:
-            world[name] = FunctionType(getattr(hopper_kernel, name).fn.__code__, world)
-        shared = [(2 * queries, 64), (stages, block_n), (stages, block_n)]
-        memory = tuple(Memory(torch.full((n, 1, 1, rows, dim), math.nan, dtype=q.dtype)) for n, rows in shared)
-        barriers = tuple(
-            SimpleNamespace(index=[Barrier(count) for _ in range(n)].__getitem__)
-            for n, count in (
-                *((2 * queries, 1), (2 * queries, 1), (stages, 1), (stages, 2), (stages, 1), (stages, 2), (2, 1)),
-            )
+        shared = tuple(
+            memory(n, 1, 1, rows, dim, dtype=q.dtype)
+            for n, rows in ((2 * queries, 64), (stages, block_n), (stages, block_n))
         )
-        rest = (memory, barriers, order, bounds)
+        bars = barriers((2 * queries, 1), (2 * queries, 1), (stages, 1), (stages, 2), (stages, 1), (stages, 2), (2, 1))
+        rest = (shared, bars, order, bounds)
         constants = (dim, block_n, stages, queries, r.left is not None, r.packed)
         strides = tuple(out.stride()[:3])
         writes = (out, Pointer(out.view(-1)), Pointer(lse.view(-1)), strides, q.shape[2], r.scale * math.log2(math.e))
         calls = [("producer", (q, k, v, *rest, r.group, *constants, folded))]
         calls += [("consumer", (writes, *rest, who, *constants, how.ping_pong, folded)) for who in (0, 1)]
-        errors: list[BaseException] = []
-
-        def guarded(name: str, args: tuple[Any, ...], world: Any = world, errors: Any = errors) -> None:
-            try:
-                world[name](*args)
-            except BaseException as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=guarded, args=call) for call in calls]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if errors:
-            raise errors[0]
+        teams.run(hopper_kernel, NAMES, {"ROWS": 64, "BLOCK_M": 128}, calls, program, programs)
     return out, lse
 
 
