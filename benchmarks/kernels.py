@@ -204,10 +204,20 @@ def _flush() -> Tensor:
 
 
 def median_ms(call: Callable[[], Any], wanted: float = 40.0) -> float:
-    """Of as many calls as take `wanted` ms, 3 to 60, each after a write over the L2. The GPU sleeps a little before, so
+    """See `medians_ms`."""
+    return medians_ms([call], wanted)[0]
+
+
+ROUNDS = 3
+"""In which a row's kernels take turns."""
+
+
+def medians_ms(calls: list[Callable[[], Any]], wanted: float = 40.0) -> list[float]:
+    """Of each, of as many runs as take `wanted` ms, 9 to 60, in rounds that go through all of them: a GPU that gets
+    warm and slows down does so for each. Each run is after a write over the L2, and the GPU sleeps a little before, so
     that what the host does for a call (autograd most of all) is done when its turn comes."""
 
-    def timed(count: int) -> list[float]:
+    def timed(call: Callable[[], Any], count: int) -> list[float]:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
         for start, end in events:
             _flush().zero_()
@@ -218,8 +228,12 @@ def median_ms(call: Callable[[], Any], wanted: float = 40.0) -> float:
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in events]
 
-    first = min(timed(2))
-    return statistics.median(timed(min(60, max(3, int(wanted / first)))))
+    counts = [min(60, max(3 * ROUNDS, int(wanted / min(timed(call, 2))))) for call in calls]
+    spent: list[list[float]] = [[] for _ in calls]
+    for _ in range(ROUNDS):
+        for call, count, times in zip(calls, counts, spent, strict=True):
+            times += timed(call, count // ROUNDS)
+    return [statistics.median(times) for times in spent]
 
 
 def device_ms(call: Callable[[], Any]) -> float:
@@ -280,6 +294,7 @@ def measure(shape: Shape, direction: str) -> list[Row]:
     pick = fused if training else taking(request)
     cotangent = torch.randn_like(inputs[0]) if training else None
     rows: list[Row] = []
+    ready: list[tuple[Row, Callable[[], Any]]] = []
     truth: list[Tensor] = []
     with torch.set_grad_enabled(training):
         for name, prepare in reversed(made.items()):  # the vendors first: their answers check ours
@@ -296,11 +311,13 @@ def measure(shape: Shape, direction: str) -> list[Row]:
                 truth = truth or list(answer if training else [answer])
                 _check(answer if training else [answer], truth)
                 answer = None
-                row.ms = device_ms(call) if shape.kind == "decode" else median_ms(call)
-                row.tflops = shape.flops * (2.5 if training else 1) / row.ms / 1e9
-                row.gbs = shape.bytes / row.ms / 1e6
+                ready.append((row, call))
             except Exception as error:  # a kernel that cannot, or a launch that fails: the others still count
                 row.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:300]
+        timed = [call for _, call in ready]
+        spent = [device_ms(call) for call in timed] if shape.kind == "decode" else medians_ms(timed)
+    for (row, _), ms in zip(ready, spent, strict=True):
+        row.ms, row.tflops, row.gbs = ms, shape.flops * (2.5 if training else 1) / ms / 1e9, shape.bytes / ms / 1e6
     best = min((r.ms for r in rows if r.ms and not r.ours), default=None)
     for row in rows:
         row.ratio = best / row.ms if best and row.ms else None

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from attnrt.backends.base import reasons
 from attnrt.backends.triton import TritonBackend
+from attnrt.backends.triton.rules import fused_backward
 from attnrt.environment import Environment
 from attnrt.request import AttentionRequest
 
@@ -147,6 +148,37 @@ def test_bytes_count_the_bias_gradient() -> None:
     there = environment()
     assert BACKEND.bytes(grad, there) - BACKEND.bytes(plain, there) == plain.scores * 4
     assert BACKEND.notes(plain, there) == ()
+
+
+@pytest.mark.parametrize(
+    ("asked", "there"),
+    [
+        ({"deterministic": True}, {}),
+        ({"dtype": "fp32"}, {}),
+        ({"head_dim": 64}, {}),
+        ({"head_dim_v": 64}, {}),
+        ({"softcap": 30.0}, {}),
+        ({"alibi": True}, {}),
+        ({"bias": True}, {}),
+        ({"mask": True}, {}),
+        ({"dropout_p": 0.1}, {}),
+        ({"packed": True}, {}),
+        ({"padded": True}, {}),
+        ({"causal": True, "seqlen_q": 512}, {}),
+        ({}, {"arch": "sm80"}),
+        ({}, {"arch": "sm100"}),
+        ({}, {"version": "3.10.0"}),
+    ],
+)
+def test_the_hopper_backward_is_for_plain_calls_on_hopper(asked: dict[str, Any], there: dict[str, Any]) -> None:
+    """And for those whose dq may differ in its last bits; it costs a float32 dq, which the estimate counts."""
+    plain, here = {"training": True}, environment()
+    assert all(fused_backward(request(**plain, **x), here) for x in ({}, {"causal": True}, {"sinks": True}))
+    assert not fused_backward(request(**plain, **asked), environment(**there))
+    varies, same = (BACKEND.bytes(request(**plain, deterministic=d), here) for d in (False, True))
+    assert varies - same == 2 * 16 * 1024 * 128 * 4
+    inference = request()
+    assert BACKEND.bytes(inference, here) == BACKEND.bytes(replace(inference, deterministic=True), here)
 
 
 @settings(max_examples=200, deadline=None)
