@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnrt.backends.base import FEATURE_NAMES, Backend, Kernel, linear_bytes
-from attnrt.backends.triton.rules import DECODE_RULES, HOPPER_RULES, RULES, fused_backward
+from attnrt.backends.triton.rules import DECODE_RULES, HOPPER_RULES, RULES
 from attnrt.environment import Environment
 from attnrt.request import AttentionRequest
 
@@ -33,9 +33,6 @@ class Portable(Kernel):
     def bytes(self, request: AttentionRequest, environment: Environment) -> int:
         bias = request.bias
         grad = bias.elements * 4 if bias is not None and bias.requires_grad else 0  # summed in float32
-        r = request
-        if r.needs_grad and fused_backward(r, environment):  # dq is summed in float32, in whole blocks
-            grad += 4 * r.heads_q * r.head_dim_qk * 128 * -(-r.seqlen_q // 128) * r.batch
         return linear_bytes(request) + grad
 
     def prepare(self, request: AttentionRequest, environment: Environment) -> Run:

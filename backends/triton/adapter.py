@@ -315,7 +315,7 @@ def _backward_pass(plan: Plan, launch: Any, tensors: Sequence[Any]) -> None:
         )
     if sums is not None:
         made = (plan.matrix(dq), dk, dv)
-        return gluon.launch_backward(q, k, v, grad, stats, sums, made, r, padded_q, launch)
+        return gluon.launch_backward((q, k, v, grad), stats, sums, made, r, padded_q, tuple(lengths), launch)
     if dk is not None:
         tile = plan.tiles["dkdv"]
         tiles = -(-r.seqlen_kv // tile.block_n)

@@ -74,8 +74,7 @@ def launch(
     if persistent and lengths[0] is None:
         programs = min(programs, _multiprocessors(q.device))
     folded = folded and programs < tiles * pairs and tiles % 2 == 0
-    shift = int(r.alignment == "bottom_right") * (r.seqlen_kv - r.seqlen_q if lengths == (None, None) else 1)
-    strides = (0, out.stride(1), out.stride(0)) if r.packed else tuple(out.stride(a) for a in AXES[r.layout])
+    shift, strides = _shift(r, lengths), strides_of(out, r)
     operands = ((q, ROWS.value), (k, tile.block_n), (v, tile.block_n), (out, ROWS.value))
     launch(
         forward,
@@ -105,44 +104,55 @@ def fetchable(x: Tensor) -> bool:
 
 
 def launch_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grad: Tensor,
+    operands: tuple[Tensor, Tensor, Tensor, Tensor],
     stats: tuple[Tensor, Tensor],
     sums: Tensor,
     made: tuple[Any, Tensor, Tensor],
     request: AttentionRequest,
     padded_q: int,
+    lengths: tuple[Tensor | None, Tensor | None] = (None, None),
     launch: Any = launch_kernel,
 ) -> None:
-    """Fill dq (a `Matrix`), dk and dv, which are `made`. All tensors but dq are `fetchable`. stats: LSE and delta as
-    backward.preprocess leaves them, (Hq, rows) each; sums: zeros, (Hq, rows, D), float32."""
-    r, (lse2, delta), (dq, dk, dv) = request, stats, made
+    """Fill dq (a `Matrix`), dk and dv, which are `made`; `operands` are q, k, v and the output's gradient. All tensors
+    but dq are `fetchable`. stats: LSE and delta as backward.preprocess leaves them, (Hq, rows) each, `padded_q` of them
+    a sequence unless packed; sums: zeros, (Hq, rows, D), float32. lengths, launch: as of `launch`."""
+    r, (q, k, v, grad), (lse2, delta), (dq, dk, dv) = request, operands, stats, made
     tiles, pairs = -(-r.seqlen_kv // KEYS.value), r.batch * r.heads_kv
-    shift = r.seqlen_kv - r.seqlen_q if r.alignment == "bottom_right" else 0
     rows = lse2.shape[1]
     launch(
         backward,
         (tiles * pairs,),
         *(descriptor(x, r.layout, ROWS.value) for x in (q, grad, k, v, dk, dv)),
+        *(dk, dv, *strides_of(dk, r), *strides_of(dv, r)),
         *(lines(x, 1, ROWS.value) for x in (lse2, delta)),
         lines(sums, ROWS.value * r.head_dim_qk // 2 // LINE.value, LINE.value),
-        *(r.scale * LOG2E.value, r.left or 0, UNBOUNDED if r.right is None else r.right, shift),
-        *(r.heads_kv, r.group, r.seqlen_q, r.seqlen_kv, padded_q, rows),
+        *(*lengths, r.scale * LOG2E.value, r.left or 0, UNBOUNDED if r.right is None else r.right),
+        *(_shift(r, lengths), r.heads_kv, r.group, r.seqlen_q, r.seqlen_kv, padded_q, rows),
         *(tiles, pairs, min(pairs, section(r, 1))),
         D=r.head_dim_qk,
         LEFT=r.left is not None,
+        PACKED=r.packed,
         num_warps=WARPS,
     )
     launch(
         finish_dq,
         (-(-r.seqlen_q // ROWS.value), r.batch * r.heads_q),
-        *(sums, dq, r.scale, r.heads_q, r.seqlen_q, padded_q, rows),
+        *(sums, dq, lengths[0], r.scale, r.heads_q, r.seqlen_q, padded_q, rows),
         DIM=r.head_dim_qk,
         BLOCK=ROWS.value,
+        PACKED=r.packed,
         num_warps=WARPS,
     )
+
+
+def _shift(r: AttentionRequest, lengths: tuple[Tensor | None, Tensor | None]) -> int:
+    """Of query 0 against key 0; where sequences have lengths of their own, the factor of the difference of theirs."""
+    return int(r.alignment == "bottom_right") * (r.seqlen_kv - r.seqlen_q if lengths == (None, None) else 1)
+
+
+def strides_of(x: Tensor, r: AttentionRequest) -> tuple[int, ...]:
+    """Over batch, heads and rows."""
+    return (0, x.stride(1), x.stride(0)) if r.packed else tuple(x.stride(a) for a in AXES[r.layout])
 
 
 def lines(x: Tensor, rows: int, width: int) -> TensorDescriptor:

@@ -23,8 +23,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnrt.backends.triton.hopper_kernel import MISSING, ROWS, gluon
-from attnrt.backends.triton.scores import LN2, store_tile
+from attnrt.backends.triton.backward import STATS_ROWS, stats_begin
+from attnrt.backends.triton.hopper_kernel import MISSING, ROWS, clear_foreign, gluon, sequence, store_rows
+from attnrt.backends.triton.scores import LN2, span, store_tile
 
 if MISSING is None:
     from triton._C.libtriton import gluon_ir, ir
@@ -77,6 +78,15 @@ def tile_of_program(order):
 
 
 @gluon.jit()
+def first_row(b, begin_q, stats, PACKED: gl.constexpr):
+    """Where the statistics of sequence b begin in those of a head: backward.stats_begin."""
+    row = b * stats[0]
+    if PACKED:
+        row = (begin_q + STATS_ROWS * b) // STATS_ROWS * STATS_ROWS
+    return row
+
+
+@gluon.jit()
 def query_blocks(n0, band, LEFT: gl.constexpr):
     """Blocks of queries that see any key of the tile at n0: (first, whole, masked, stop). Those from `whole` up to
     `masked` see every key of the tile; the others need a mask, and so do all where the keys end inside the tile: the
@@ -99,37 +109,55 @@ def query_blocks(n0, band, LEFT: gl.constexpr):
 
 
 @gluon.jit()
-def producer(
-    Q, DOUT, K, V, LSE2, DELTA, shared, barriers, order, group, band, stats, D: gl.constexpr, LEFT: gl.constexpr
+def fetch(
+    Q, DOUT, K, V, LSE2, DELTA, shared, barriers, n0, entry, h_kv, begin_q, begin_kv, row, group, stats_rows, band,
+    D: gl.constexpr, LEFT: gl.constexpr,
 ):  # fmt: skip
+    """Everything that a tile of keys reads."""
     k, v, q, dout, lse, delta, _, _ = shared
-    padded_q, stats_rows = stats
     kv_full, q_full, q_empty, dout_full, dout_empty, _ = barriers
-    n0, b, h_kv = tile_of_program(order)
     first, _, _, stop = query_blocks(n0, band, LEFT)
     BLOCK_BYTES: gl.constexpr = ROWS * D * 2
     mbarrier.expect(kv_full.index(0), 2 * BLOCK_BYTES)
     for c in gl.static_range(2):
-        tma_load(K, [b, h_kv, n0 + c * ROWS, 0], kv_full.index(0), k.index(c))
+        tma_load(K, [entry, h_kv, begin_kv + n0 + c * ROWS, 0], kv_full.index(0), k.index(c))
     mbarrier.expect(kv_full.index(1), 2 * BLOCK_BYTES)
     for c in gl.static_range(2):
-        tma_load(V, [b, h_kv, n0 + c * ROWS, 0], kv_full.index(1), v.index(c))
+        tma_load(V, [entry, h_kv, begin_kv + n0 + c * ROWS, 0], kv_full.index(1), v.index(c))
     n = 0
     for member in range(group):
         h = h_kv * group + member
-        at = (h * stats_rows + b * padded_q) // ROWS
+        at = (h * stats_rows + row) // ROWS
         for i in range(first, stop):
             slot = n % STAGES
             parity = n // STAGES & 1
             mbarrier.wait(q_empty.index(slot), parity ^ 1)
             mbarrier.expect(q_full.index(slot), BLOCK_BYTES + ROWS * 4)
-            tma_load(Q, [b, h, i * ROWS, 0], q_full.index(slot), q.index(slot))
+            tma_load(Q, [entry, h, begin_q + i * ROWS, 0], q_full.index(slot), q.index(slot))
             tma_load(LSE2, [at + i, 0], q_full.index(slot), lse.index(slot))
             mbarrier.wait(dout_empty.index(slot), parity ^ 1)
             mbarrier.expect(dout_full.index(slot), BLOCK_BYTES + ROWS * 4)
-            tma_load(DOUT, [b, h, i * ROWS, 0], dout_full.index(slot), dout.index(slot))
+            tma_load(DOUT, [entry, h, begin_q + i * ROWS, 0], dout_full.index(slot), dout.index(slot))
             tma_load(DELTA, [at + i, 0], dout_full.index(slot), delta.index(slot))
             n += 1
+
+
+@gluon.jit()
+def producer(
+    Q, DOUT, K, V, LSE2, DELTA, shared, barriers, order, group, lengths, stats,
+    D: gl.constexpr, LEFT: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    n0, b, h_kv = tile_of_program(order)
+    begin_q, begin_kv, band = sequence(b, lengths, PACKED)
+    row = first_row(b, begin_q, stats, PACKED)
+    entry = b
+    if PACKED:
+        entry = 0
+    if n0 < band[1]:
+        fetch(
+            Q, DOUT, K, V, LSE2, DELTA, shared, barriers, n0, entry, h_kv, begin_q, begin_kv, row, group, stats[1],
+            band, D, LEFT,
+        )  # fmt: skip
 
 
 @gluon.jit()
@@ -142,10 +170,11 @@ def in_order_of_threads(x, D: gl.constexpr):
 
 @gluon.jit()
 def step(
-    n, m0, SUMS, line, shared, barriers, dk, dv, scale, masked, edges,
-    WHO: gl.constexpr, D: gl.constexpr, LEFT: gl.constexpr,
+    n, m0, SUMS, line, shared, barriers, dk, dv, scale, masked, edges, real,
+    WHO: gl.constexpr, D: gl.constexpr, LEFT: gl.constexpr, FOREIGN: gl.constexpr,
 ):  # fmt: skip
-    """Block number n, of the queries from m0 on. line: where their sums begin."""
+    """Block number n, of the queries from m0 on. line: where their sums begin. real: how many rows are the sequence's,
+    where FOREIGN ones may follow: those are made zeros, as their LSE makes their weights."""
     k, v, q_ring, dout_ring, lse_ring, delta_ring, ds_ring, sums = shared
     _, q_full, q_empty, dout_full, dout_empty, ds_full = barriers
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])  # (keys, queries)
@@ -158,8 +187,14 @@ def step(
     dout = dout_ring.index(slot).reshape([ROWS, D])
     zeros = gl.zeros([ROWS, ROWS], gl.float32, SCORES)
     mbarrier.wait(q_full.index(slot), parity)
+    if FOREIGN:
+        if real < ROWS:
+            clear_foreign(q_ring.index(slot), real, D, ROWS)
     s = warpgroup_mma(k.index(WHO).reshape([ROWS, D]), q.permute([1, 0]), zeros, use_acc=False, is_async=True)
     mbarrier.wait(dout_full.index(slot), parity)
+    if FOREIGN:
+        if real < ROWS:
+            clear_foreign(dout_ring.index(slot), real, D, ROWS)
     dp = warpgroup_mma(v.index(WHO).reshape([ROWS, D]), dout.permute([1, 0]), zeros, use_acc=False, is_async=True)
     lse = lse_ring.index(slot).reshape([ROWS]).load(gl.SliceLayout(0, SCORES))
     s = warpgroup_mma_wait(1, deps=[s])
@@ -215,22 +250,26 @@ def leave(OUT, tile, value, b, h, row, D: gl.constexpr):
 
 
 @gluon.jit()
-def consumer(
-    DK, DV, SUMS, shared, barriers, order, group, band, stats, scale,
-    WHO: gl.constexpr, D: gl.constexpr, LEFT: gl.constexpr,
+def walk(
+    SUMS, shared, barriers, n0, row, h_kv, group, band, stats_rows, scale,
+    WHO: gl.constexpr, D: gl.constexpr, LEFT: gl.constexpr, FOREIGN: gl.constexpr, FOREIGN_KEYS: gl.constexpr,
 ):  # fmt: skip
-    n0, b, h_kv = tile_of_program(order)
-    _, seqlen_kv, left, right, shift = band
+    """dK (without the scale) and dV of a consumer's keys."""
+    seqlen_q, seqlen_kv, left, right, shift = band
     first, whole, masked, stop = query_blocks(n0, band, LEFT)
     GRADS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    padded_q, stats_rows = stats
     mine = n0 + WHO * ROWS
     edges = (mine - shift - right, seqlen_kv - mine, mine - shift + left)
     BLOCK: gl.constexpr = ROWS * D // LINE
-    line = (h_kv * group * stats_rows + b * padded_q) * (D // LINE) + first * BLOCK
+    line = (h_kv * group * stats_rows + row) * (D // LINE) + first * BLOCK
     onward = stats_rows * (D // LINE) - (stop - first) * BLOCK
     mbarrier.wait(barriers[0].index(0), 0)
     mbarrier.wait(barriers[0].index(1), 0)
+    if FOREIGN_KEYS:
+        if n0 + KEYS > seqlen_kv:
+            for c in gl.static_range(2):
+                clear_foreign(shared[0].index(c), seqlen_kv - n0 - c * ROWS, D, ROWS)
+                clear_foreign(shared[1].index(c), seqlen_kv - n0 - c * ROWS, D, ROWS)
     dk = gl.zeros([ROWS, D], gl.float32, GRADS)
     dv = gl.zeros([ROWS, D], gl.float32, GRADS)
     i = first
@@ -238,32 +277,70 @@ def consumer(
         outside = i < whole
         if LEFT:
             outside = outside | (i >= masked)
-        dk, dv = step(n, i * ROWS, SUMS, line, shared, barriers, dk, dv, scale, outside, edges, WHO, D, LEFT)
+        dk, dv = step(
+            n, i * ROWS, SUMS, line, shared, barriers, dk, dv, scale, outside, edges, seqlen_q - i * ROWS,
+            WHO, D, LEFT, FOREIGN,
+        )  # fmt: skip
         i += 1
         line += BLOCK
         if i == stop:  # the next query head of the group
             i = first
             line += onward
-    v = shared[1]
+    tma.store_wait(0)  # the last sums too
+    return dk, dv
+
+
+@gluon.jit()
+def consumer(
+    DK, DV, made, SUMS, shared, barriers, order, group, lengths, stats, scale,
+    WHO: gl.constexpr, D: gl.constexpr, LEFT: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    GRADS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    FOREIGN: gl.constexpr = lengths[0] is not None
+    FOREIGN_KEYS: gl.constexpr = lengths[1] is not None
     n0, b, h_kv = tile_of_program(order)
-    n0 += WHO * ROWS
-    leave(DV, v.index(WHO), dv, b, h_kv, n0, D)
-    leave(DK, v.index(WHO), dk * (scale * LN2), b, h_kv, n0, D)
+    begin_q, _, band = sequence(b, lengths, PACKED)
+    row = first_row(b, begin_q, stats, PACKED)
+    if n0 < band[1]:
+        dk, dv = walk(
+            SUMS, shared, barriers, n0, row, h_kv, group, band, stats[1], scale, WHO, D, LEFT, FOREIGN, FOREIGN_KEYS
+        )  # fmt: skip
+        n0, b, h_kv = tile_of_program(order)
+        _, begin_kv, band = sequence(b, lengths, PACKED)
+        dk = dk * (scale * LN2)
+        mine = n0 + WHO * ROWS
+        own = shared[1].index(WHO)  # of the values, which have been read
+        if PACKED:
+            if mine + ROWS <= band[1]:
+                leave(DV, own, dv, 0, h_kv, begin_kv + mine, D)
+                leave(DK, own, dk, 0, h_kv, begin_kv + mine, D)
+            else:  # TMA would write into the next sequence
+                store_rows(made[1], made[3], dv, 0, h_kv, mine, begin_kv, band[1], D, GRADS)
+                store_rows(made[0], made[2], dk, 0, h_kv, mine, begin_kv, band[1], D, GRADS)
+        else:
+            leave(DV, own, dv, b, h_kv, mine, D)
+            leave(DK, own, dk, b, h_kv, mine, D)
+    elif not PACKED:  # keys that are padding
+        zeros = gl.zeros([ROWS, D], gl.float32, GRADS)
+        store_rows(made[1], made[3], zeros, b, h_kv, n0 + WHO * ROWS, 0, lengths[3], D, GRADS)
+        store_rows(made[0], made[2], zeros, b, h_kv, n0 + WHO * ROWS, 0, lengths[3], D, GRADS)
 
 
 @gluon.jit(
     do_not_specialize=[
-        "left", "right", "shift", "heads", "group", "seqlen_q", "seqlen_kv", "padded_q", "stats_rows", "tiles", "pairs",
-        "section",
+        "dk_batch", "dk_head", "dk_row", "dv_batch", "dv_head", "dv_row", "left", "right", "shift", "heads", "group",
+        "seqlen_q", "seqlen_kv", "padded_q", "stats_rows", "tiles", "pairs", "section",
     ]
 )  # fmt: skip
 def backward(
-    Q, DOUT, K, V, DK, DV, LSE2, DELTA, SUMS, scale, left, right, shift, heads, group, seqlen_q, seqlen_kv,
-    padded_q, stats_rows, tiles, pairs, section, D: gl.constexpr, LEFT: gl.constexpr,
+    Q, DOUT, K, V, DK, DV, DK_ROWS, DV_ROWS, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, LSE2, DELTA, SUMS,
+    LENGTHS_Q, LENGTHS_KV, scale, left, right, shift, heads, group, seqlen_q, seqlen_kv, padded_q, stats_rows,
+    tiles, pairs, section, D: gl.constexpr, LEFT: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """Q, DOUT, K, V, DK, DV: descriptors of (B, H, S, D), 64 rows a block. LSE2, DELTA: what backward.preprocess left;
-    SUMS: zeros of (Hq, stats_rows, D), float32. scale: with log2 e in it. heads: of keys. shift: of query 0
-    against key 0."""
+    """Q, DOUT, K, V, DK, DV: descriptors of (B, H, S, D), 64 rows a block; DK_ROWS, DV_ROWS: pointers of the last two,
+    with their strides. LSE2, DELTA: what backward.preprocess left; SUMS: zeros of (Hq, stats_rows, D), float32.
+    LENGTHS: (B,) or, PACKED, offsets (B + 1,), or None. scale: with log2 e in it. heads: of keys. shift: of query 0
+    against key 0, or, with LENGTHS, 1 for bottom-right alignment."""
     shared = (
         gl.allocate_shared_memory(K.dtype, [2, 1, 1, ROWS, D], K.layout),
         gl.allocate_shared_memory(V.dtype, [2, 1, 1, ROWS, D], V.layout),
@@ -296,14 +373,21 @@ def backward(
     barriers = (kv_full, q_full, q_empty, dout_full, dout_empty, ds_full)
     order = (tiles, pairs, section, heads)
     stats = (padded_q, stats_rows)
-    band = (seqlen_q, seqlen_kv, left, right, shift)
+    lengths = (LENGTHS_Q, LENGTHS_KV, seqlen_q, seqlen_kv, left, right, shift)
+    made = (DK_ROWS, DV_ROWS, (dk_batch, dk_head, dk_row), (dv_batch, dv_head, dv_row))
     zero: gl.constexpr = 0
     one: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (consumer, (DK, DV, SUMS, shared, barriers, order, group, band, stats, scale, zero, D, LEFT)),
-            (consumer, (DK, DV, SUMS, shared, barriers, order, group, band, stats, scale, one, D, LEFT)),
-            (producer, (Q, DOUT, K, V, LSE2, DELTA, shared, barriers, order, group, band, stats, D, LEFT)),
+            (consumer, (
+                DK, DV, made, SUMS, shared, barriers, order, group, lengths, stats, scale, zero, D, LEFT, PACKED,
+            )),
+            (consumer, (
+                DK, DV, made, SUMS, shared, barriers, order, group, lengths, stats, scale, one, D, LEFT, PACKED,
+            )),
+            (producer, (
+                Q, DOUT, K, V, LSE2, DELTA, shared, barriers, order, group, lengths, stats, D, LEFT, PACKED,
+            )),
         ],
         [4, 1],
         [240, 24],
@@ -312,15 +396,21 @@ def backward(
 
 @triton.jit(do_not_specialize=["heads", "seqlen_q", "padded_q", "stats_rows"])
 def finish_dq(
-    SUMS, DQ, scale, heads, seqlen_q, padded_q, stats_rows, DIM: tl.constexpr, BLOCK: tl.constexpr
+    SUMS, DQ, LENGTHS_Q, scale, heads, seqlen_q, padded_q, stats_rows,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dQ = scale times the sums of one block of queries, which stand `in_order_of_threads`."""
     m0, pair = tl.program_id(0) * BLOCK, tl.program_id(1)
     b, h = pair // heads, pair % heads
+    begin_q, end_q, entry = 0, seqlen_q, b  # padding's sums are zeros
+    if PACKED:
+        begin_q, length_q = span(LENGTHS_Q, b, seqlen_q, PACKED)
+        end_q, entry = begin_q + length_q, 0
     row, dim = tl.arange(0, BLOCK)[:, None], tl.arange(0, DIM)[None, :]
     column = dim % (DIM // 2)
     thread = row // 16 * 32 + row % 8 * 4 + column % 8 // 2
     step = row % 16 // 8 * (DIM // 32) + column // 16
     place = dim // (DIM // 2) * (BLOCK * DIM // 2) + (step * 128 + thread) * 4 + column // 8 % 2 * 2 + column % 2
-    first = tl.cast(h, tl.int64) * stats_rows + b * padded_q + m0
-    store_tile(DQ, b, h, m0, seqlen_q, tl.load(SUMS + first * DIM + place) * scale, DIM, DIM, BLOCK)
+    first = tl.cast(h, tl.int64) * stats_rows + stats_begin(begin_q, b, padded_q, PACKED) + m0
+    if begin_q + m0 < end_q:
+        store_tile(DQ, entry, h, begin_q + m0, end_q, tl.load(SUMS + first * DIM + place) * scale, DIM, DIM, BLOCK)

@@ -7,8 +7,10 @@ import random
 from dataclasses import replace
 from typing import Any
 
+import devices
 import pytest
 import torch
+from cudnn_calls import padded
 from devices import call, poisoned
 from oracle import Case, assert_agrees
 from running import run
@@ -81,6 +83,30 @@ def test_random(seed: int) -> None:
             operands=Operands(sinks=sinks), **options,
         )
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("seed", range(30))
+def test_lengths_of_their_own(seed: int, packed: bool) -> None:
+    """Sequences in a padded or packed batch, with NaN in the padding and behind the last sequence."""
+    draw = random.Random(seed)
+    window = draw.choice([None, None, (100, 0), (128, None), (300, 300)])
+    options: dict[str, Any] = {"causal": window is None and draw.random() < 0.7, "window": window}
+    options |= {"alignment": draw.choice(["top_left", "bottom_right"])}
+    count, heads_kv = draw.choice([1, 2, 5]), draw.choice([1, 2])
+    given = [tuple(draw.choice([0, *LENGTHS]) for _ in range(count)) for _ in range(2)]
+    keys = None if draw.random() < 0.5 else given[1]
+    options["heads"] = (heads_kv * draw.choice([1, 2, 4]), heads_kv)
+    if packed:
+        case = devices.packed(*given[0], keys=keys, **options)
+        with torch.no_grad():
+            for x, ends in ((case.q, given[0]), (case.k, keys or given[0]), (case.v, keys or given[0])):
+                x[sum(ends) :] = math.nan
+    else:
+        room = [max(max(x), 1) + draw.choice([0, 3, 130]) for x in (given[0], keys or given[0])]
+        layout = draw.choice(["bshd", "bhsd", "sbhd"])
+        case = padded(room[0], given[0], keys, seqlen_kv=room[1], layout=layout, **options)
+    agrees(case)
 
 
 def rows_of_wider(x: Tensor) -> Tensor:

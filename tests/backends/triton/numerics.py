@@ -441,20 +441,28 @@ def test_tuning_compares_answers_and_times(kind: str, monkeypatch: pytest.Monkey
         assert tune.time_candidate(row, TILES[0], truth, fast).dropped.startswith("slow")
 
 
-def test_sums_of_the_hopper_backward_are_put_in_order() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_sums_of_the_hopper_backward_are_put_in_order(packed: bool) -> None:
     """hopper_backward.finish_dq undoes the order in which threads held dQ (`in_order_of_threads`, of each half)."""
     from attnrt.backends.triton import hopper_backward
 
-    batch, heads, seqlen, dim, padded_q = 2, 3, 100, 128, 128
+    lengths_of, heads, dim, rows = [100, 7], 3, 128, 512
+    begins = [0, 128]  # of the statistics: (100 + 128) // 128 * 128, which is that of a second sequence of 128 rows too
     torch.manual_seed(0)
-    dq = torch.randn(heads, batch, padded_q, dim)
-    halves = dq.view(heads * batch * padded_q // 64, 64, 2, dim // 2).transpose(1, 2)
+    dq = torch.randn(heads, rows, dim)
+    halves = dq.view(heads * rows // 64, 64, 2, dim // 2).transpose(1, 2)
     parts = halves.reshape(-1, 4, 2, 8, dim // 32, 2, 4, 2).permute(0, 2, 4, 1, 3, 6, 5, 7)
-    sums, found = (
-        parts.reshape(heads, batch * padded_q, dim).contiguous(),
-        torch.full((batch, seqlen, heads, dim), math.nan),
-    )
-    to = scores.Matrix(found, found.stride(0), found.stride(2), found.stride(1))
-    rest = (0.5, heads, seqlen, padded_q, batch * padded_q)
-    replay.launch(hopper_backward.finish_dq, (2, batch * heads), sums, to, *rest, DIM=dim, BLOCK=64, num_warps=4)
-    assert torch.equal(found, 0.5 * dq[:, :, :seqlen].permute(1, 2, 0, 3))
+    sums = parts.reshape(heads, rows, dim).contiguous()
+    shape = (1, sum(lengths_of) + 3, heads, dim) if packed else (2, 100, heads, dim)
+    found = torch.full(shape, math.nan)
+    to = scores.Matrix(found, 0 if packed else found.stride(0), found.stride(2), found.stride(1))
+    offsets = lengths(0, 100, 107) if packed else None
+    replay.launch(
+        hopper_backward.finish_dq, (2, 2 * heads), sums, to, offsets, 0.5, heads, 100, 128, rows,
+        DIM=dim, BLOCK=64, PACKED=packed, num_warps=4,
+    )  # fmt: skip
+    for b, begin in enumerate(begins):
+        own = found[0, sum(lengths_of[:b]) :][: lengths_of[b]] if packed else found[b]
+        assert torch.equal(own, 0.5 * dq[:, begin : begin + len(own)].transpose(0, 1))
+    if packed:
+        assert found[0, 107:].isnan().all()

@@ -158,14 +158,15 @@ def lowest(choose: Any) -> Any:
 
 
 def run(
-    module: ModuleType,
+    modules: tuple[ModuleType, ...],
     names: tuple[str, ...],
     constants: dict[str, Any],
     calls: list[tuple[str, tuple[Any, ...]]],
     program: int,
     programs: int,
 ) -> None:
-    """One program: the functions `names` of a kernel's module, `calls` of which are its teams, side by side."""
+    """One program: the functions `names` of a kernel, each written in one of `modules`; `calls` of them are its teams,
+    side by side."""
     layouts = dict.fromkeys(
         ("SliceLayout", "NVMMADistributedLayout", "DotOperandLayout", "BlockedLayout"), lambda *_, **__: None
     )
@@ -191,7 +192,9 @@ def run(
         "fence_async_shared": lambda: None, "warpgroup_mma": products.start, "warpgroup_mma_wait": products.wait,
     }  # fmt: skip
     for name in names:
-        world[name] = FunctionType(getattr(module, name).fn.__code__, world)
+        found = (vars(m)[name].fn for m in modules if name in vars(m))
+        own = next(f for f in found if f.__module__ in {m.__name__ for m in modules})
+        world[name] = FunctionType(own.__code__, world)
     errors: list[BaseException] = []
 
     def guarded(name: str, args: tuple[Any, ...]) -> None:

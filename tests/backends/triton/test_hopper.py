@@ -187,7 +187,7 @@ def emulate(r: AttentionRequest, q: Any, k: Any, v: Any, how: Launch, lengths: A
         writes = (out, Pointer(out.view(-1)), Pointer(lse.view(-1)), strides, q.shape[2], r.scale * math.log2(math.e))
         calls = [("producer", (q, k, v, *rest, r.group, *constants, folded))]
         calls += [("consumer", (writes, *rest, who, *constants, how.ping_pong, folded)) for who in (0, 1)]
-        teams.run(hopper_kernel, NAMES, {"ROWS": 64, "BLOCK_M": 128}, calls, program, programs)
+        teams.run((hopper_kernel,), NAMES, {"ROWS": 64, "BLOCK_M": 128}, calls, program, programs)
     return out, lse
 
 

@@ -13,17 +13,20 @@ from typing import Any, NamedTuple
 import pytest
 import teams
 import torch
-from teams import barriers, memory
+from teams import Pointer, barriers, memory
 
 triton = pytest.importorskip("triton", reason="needs triton")
 
-from attnrt.backends.triton import hopper, hopper_backward  # noqa: E402
+from attnrt.backends.triton import hopper, hopper_backward, hopper_kernel  # noqa: E402
 from attnrt.request import AttentionRequest  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not hopper.backward_available(), reason=str(hopper_backward.MISSING))
 DIM, ROWS, KEYS = 128, 64, 128
 SHARED_LIMIT, REGISTERS = 227 << 10, 168
-NAMES = ("tile_of_program", "query_blocks", "producer", "in_order_of_threads", "step", "leave", "consumer")
+NAMES = (
+    *("tile_of_program", "first_row", "query_blocks", "fetch", "producer", "in_order_of_threads", "step", "leave"),
+    *("walk", "consumer", "sequence", "span", "clear_foreign", "store_rows"),
+)
 """The functions of the kernel."""
 PRODUCTS = 8 + 8 + 4 + 4 + 8
 """Instructions that multiply in a step: S, dP; dV, dK; dQ in two parts."""
@@ -40,7 +43,7 @@ class Compiled(NamedTuple):
     sass: str
 
 
-def compile_for_sm90(kind: str, left: bool) -> Compiled:
+def compile_for_sm90(kind: str, left: bool, lengths: str = "fixed") -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -53,11 +56,17 @@ def compile_for_sm90(kind: str, left: bool) -> Compiled:
     types = dict.fromkeys(("Q", "DOUT", "K", "V", "DK", "DV"), swizzled) | {"scale": "fp32"}
     types |= dict.fromkeys(("LSE2", "DELTA"), f"tensordesc<fp32[1, {ROWS}],{plain!r}>")
     types["SUMS"] = f"tensordesc<fp32[{ROWS * DIM // 2 // 128}, 128],{plain!r}>"
-    constants = {"D": DIM, "LEFT": left}
+    types |= dict.fromkeys(("DK_ROWS", "DV_ROWS"), f"*{kind}")
+    constants: dict[str, Any] = {"D": DIM, "LEFT": left, "PACKED": lengths == "packed"}
+    if lengths == "fixed":
+        constants |= dict.fromkeys(("LENGTHS_Q", "LENGTHS_KV"))
+    else:
+        types |= dict.fromkeys(("LENGTHS_Q", "LENGTHS_KV"), "*i32")
     source = GluonASTSource(
         hopper_backward.backward,
         {n: types.get(n, "constexpr" if n in constants else "i32") for n in names},
         {(names.index(n),): value for n, value in constants.items()},
+        {(names.index(n),): [["tt.divisibility", 16]] for n in ("DK_ROWS", "DV_ROWS")},
     )
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": hopper.WARPS})
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -88,10 +97,16 @@ def loops(sass: str) -> list[str]:
     return list(found.values())
 
 
-@pytest.mark.parametrize("left", [False, True], ids=["plain", "window"])
-@pytest.mark.parametrize("kind", ["bf16", "fp16"])
-def test_machine_code(kind: str, left: bool) -> None:
-    found = compile_for_sm90(kind, left)
+VARIANTS = [("bf16", False), ("bf16", True), ("fp16", False), ("fp16", True)]
+VARIANTS = [(*v, "fixed") for v in VARIANTS] + [
+    ("bf16", left, n) for left in (False, True) for n in ("padded", "packed")
+]
+
+
+@pytest.mark.parametrize(("kind", "left", "lengths"), VARIANTS)
+def test_machine_code(kind: str, left: bool, lengths: str) -> None:
+    found = compile_for_sm90(kind, left, lengths)
+    print(found[:3])
     assert found.registers <= REGISTERS and found.shared <= SHARED_LIMIT
     # A word or two that the assembler of triton 3.6 to 3.8 keeps around a tile's work (3.9: none); in the loop, none.
     assert found.stack <= 24
@@ -124,28 +139,50 @@ def test_all_warps_are_done_before_one_thread_says_so() -> None:
 # --- What its teams do -----------------------------------------------------------------------------------------------
 
 
-def padded(n: int) -> int:
+class Sequence(NamedTuple):
+    """Of a batch: its entry in the tensors, its rows there, and where its statistics begin."""
+
+    entry: int
+    queries: slice
+    keys: slice
+    stats: int
+
+
+def whole_tiles(n: int) -> int:
     return -(-n // 128) * 128
 
 
-def emulate(r: AttentionRequest, q: Any, k: Any, v: Any, grad: Any, section: int) -> tuple[Any, Any, Any]:
-    """dq, dk and dv of (B, H, S, D) tensors, by the kernel's own functions."""
-    out, lse = reference(r, q.double(), k.double(), v.double())
-    rows = r.batch * padded(r.seqlen_q)
+def batch_of(r: AttentionRequest) -> list[Sequence]:
+    """Sequences that are all as long as the tensors."""
+    rows = whole_tiles(r.seqlen_q)
+    return [Sequence(b, slice(0, r.seqlen_q), slice(0, r.seqlen_kv), b * rows) for b in range(r.batch)]
+
+
+def emulate(
+    r: AttentionRequest, batch: list[Sequence], tensors: list[Any], section: int, lengths: Any = (None, None)
+) -> tuple[Any, Any, Any]:
+    """dq (a sequence after the other, from row `stats` on), dk and dv, of q, k, v and the output's gradient: tensors
+    (B, H, S, D), packed: (1, H, T, D). By the kernel's own functions."""
+    q, k, v, grad = tensors
+    rows = whole_tiles(batch[-1].stats + r.seqlen_q + 128)
     lse2, delta = torch.full((r.heads_q, rows), math.inf), torch.zeros(r.heads_q, rows)
-    for b in range(r.batch):  # as backward.preprocess leaves them
-        at = slice(b * padded(r.seqlen_q), b * padded(r.seqlen_q) + r.seqlen_q)
-        dead = lse[b].isneginf()
-        lse2[:, at] = torch.where(dead, math.inf, lse[b] * math.log2(math.e)).float()
-        delta[:, at] = torch.where(dead, 0.0, (grad[b].double() * out[b]).sum(-1)).float()
+    for b in batch:  # as backward.preprocess leaves them
+        own = [x[b.entry, :, at][None].double() for x, at in zip(tensors, (b.queries, b.keys, b.keys), strict=False)]
+        out, lse = (x[0] for x in reference(r, *own))
+        at = slice(b.stats, b.stats + lse.shape[-1])
+        dead = lse.isneginf()
+        lse2[:, at] = torch.where(dead, math.inf, lse * math.log2(math.e)).float()
+        delta[:, at] = torch.where(dead, 0.0, (grad[b.entry, :, b.queries].double() * out).sum(-1)).float()
     sums = torch.zeros(r.heads_q * rows * DIM // 128, 128)
-    dk, dv = torch.full_like(k, math.nan), torch.full_like(v, math.nan)
+    dk, dv = (torch.full(x.shape, math.nan, dtype=x.dtype) for x in (k, v))
     tiles, pairs = -(-r.seqlen_kv // KEYS), r.batch * r.heads_kv
-    shift = r.seqlen_kv - r.seqlen_q if r.alignment == "bottom_right" else 0
+    shift = int(r.alignment == "bottom_right") * (r.seqlen_kv - r.seqlen_q if lengths[1] is None else 1)
+    order, stats = (tiles, pairs, section, r.heads_kv), (whole_tiles(r.seqlen_q), rows)
+    pointers = tuple(None if x is None else Pointer(x) for x in lengths)
     right = hopper.UNBOUNDED if r.right is None else r.right
-    order, stats = (tiles, pairs, section, r.heads_kv), (padded(r.seqlen_q), rows)
-    band = (r.seqlen_q, r.seqlen_kv, r.left or 0, right, shift)
-    left = r.left is not None
+    bounds = (*pointers, r.seqlen_q, r.seqlen_kv, r.left or 0, right, shift)
+    constants = (DIM, r.left is not None, r.packed)
+    made = (*(Pointer(x.view(-1)) for x in (dk, dv)), *(tuple(x.stride()[:3]) for x in (dk, dv)))
     for program in range(tiles * pairs):
         shared = (
             *(memory(2, 1, 1, ROWS, DIM, dtype=q.dtype) for _ in range(4)),
@@ -154,16 +191,14 @@ def emulate(r: AttentionRequest, q: Any, k: Any, v: Any, grad: Any, section: int
             memory(2, ROWS * DIM // 2 // 128, 128, dtype=torch.float32),
         )
         bars = barriers((2, 1), (2, 1), (2, 2), (2, 1), (2, 2), (2, 2))
+        rest = (shared, bars, order, r.group, bounds, stats)
         lines = (lse2.view(-1, ROWS), delta.view(-1, ROWS))
-        calls: list[Any] = [("producer", (q, grad, k, v, *lines, shared, bars, order, r.group, band, stats, DIM, left))]
         scale = r.scale * math.log2(math.e)
-        calls += [
-            ("consumer", (dk, dv, sums, shared, bars, order, r.group, band, stats, scale, who, DIM, left))
-            for who in (0, 1)
-        ]
-        constants = {"ROWS": ROWS, "KEYS": KEYS, "STAGES": 2, "LINE": 128}
-        teams.run(hopper_backward, NAMES, constants, calls, program, tiles * pairs)
-    return r.scale * in_order_of_rows(sums).view(r.heads_q, r.batch, -1, DIM).transpose(0, 1), dk, dv
+        calls: list[Any] = [("producer", (q, grad, k, v, *lines, *rest, *constants))]
+        calls += [("consumer", (dk, dv, made, sums, *rest, scale, who, *constants)) for who in (0, 1)]
+        world = {"ROWS": ROWS, "KEYS": KEYS, "STAGES": 2, "LINE": 128, "STATS_ROWS": 128}
+        teams.run((hopper_backward, hopper_kernel), NAMES, world, calls, program, tiles * pairs)
+    return r.scale * in_order_of_rows(sums).view(r.heads_q, rows, DIM), dk, dv
 
 
 def in_order_of_rows(sums: torch.Tensor) -> torch.Tensor:
@@ -175,8 +210,9 @@ def in_order_of_rows(sums: torch.Tensor) -> torch.Tensor:
 def reference(r: AttentionRequest, q: Any, k: Any, v: Any) -> Any:
     """Output and LSE of (B, H, S, D) tensors: zeros and -inf for a row that sees nothing."""
     k, v = (x.repeat_interleave(r.group, 1) for x in (k, v))
-    shift = r.seqlen_kv - r.seqlen_q if r.alignment == "bottom_right" else 0
-    distance = torch.arange(r.seqlen_kv) - torch.arange(r.seqlen_q)[:, None] - shift
+    seqlen_q, seqlen_kv = q.shape[2], k.shape[2]
+    shift = seqlen_kv - seqlen_q if r.alignment == "bottom_right" else 0
+    distance = torch.arange(seqlen_kv) - torch.arange(seqlen_q)[:, None] - shift
     seen = torch.ones_like(distance, dtype=torch.bool)
     if r.left is not None:
         seen &= distance >= -r.left
@@ -187,24 +223,78 @@ def reference(r: AttentionRequest, q: Any, k: Any, v: Any) -> Any:
     return weights @ v, scores.logsumexp(-1)
 
 
+def agree(r: AttentionRequest, batch: list[Sequence], tensors: list[Any], found: tuple[Any, Any, Any]) -> None:
+    dq, dk, dv = found
+    for b in batch:
+        own = [x[b.entry, :, at][None] for x, at in zip(tensors, (b.queries, b.keys, b.keys), strict=False)]
+        exact = [x.double().requires_grad_() for x in own]
+        grad = tensors[3][b.entry, :, b.queries][None].double()
+        wanted = torch.autograd.grad(reference(r, *exact)[0], exact, grad)
+        mine = dq[:, b.stats : b.stats + grad.shape[2]], dk[b.entry, :, b.keys], dv[b.entry, :, b.keys]
+        for one, want in zip(mine, wanted, strict=True):
+            torch.testing.assert_close(one.double(), want[0], rtol=3e-2, atol=3e-2)
+
+
+def draw_band(draw: random.Random) -> dict[str, Any]:
+    window = draw.choice([None, None, (0, 0), (70, 0), (128, None), (200, 33), (300, 300)])
+    causal = window is None or draw.random() < 0.3
+    return {"causal": causal, "window": window, "alignment": draw.choice(["top_left", "bottom_right"])}
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_protocol_and_numerics(seed: int) -> None:
     draw = random.Random(seed)
     torch.manual_seed(seed)
     seqlen_q, seqlen_kv = (draw.choice([1, 63, 64, 65, 127, 128, 129, 200, 256, 300]) for _ in range(2))
-    window = draw.choice([None, None, (0, 0), (70, 0), (128, None), (200, 33), (300, 300)])
-    band = {"causal": window is None or draw.random() < 0.3, "window": window}
-    band |= {"alignment": draw.choice(["top_left", "bottom_right"])}
     heads_kv = draw.choice([1, 2])
     r = AttentionRequest.from_shape(
         batch=draw.choice([1, 2]), heads_q=heads_kv * draw.choice([1, 2, 3]), heads_kv=heads_kv, seqlen_q=seqlen_q,
-        seqlen_kv=seqlen_kv, head_dim=DIM, layout="bhsd", return_lse=True, **(band if draw.random() < 0.7 else {}),
+        seqlen_kv=seqlen_kv, head_dim=DIM, layout="bhsd", return_lse=True,
+        **(draw_band(draw) if draw.random() < 0.7 else {}),
     )  # fmt: skip
     q, grad = (torch.randn(r.batch, r.heads_q, seqlen_q, DIM).bfloat16() for _ in range(2))
     k, v = (torch.randn(r.batch, heads_kv, seqlen_kv, DIM).bfloat16() for _ in range(2))
-    dq, dk, dv = emulate(r, q, k, v, grad, draw.choice([1, 2, 7]))
-    exact = [x.double().requires_grad_() for x in (q, k, v)]
-    wanted = torch.autograd.grad(reference(r, *exact)[0], exact, grad.double())
-    for found, want in zip((dq[:, :, :seqlen_q], dk, dv), wanted, strict=True):
-        torch.testing.assert_close(found.double(), want, rtol=3e-2, atol=3e-2)
-    assert (dq[:, :, seqlen_q:] == 0).all()
+    found = emulate(r, batch_of(r), [q, k, v, grad], draw.choice([1, 2, 7]))
+    agree(r, batch_of(r), [q, k, v, grad], found)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("seed", range(30))
+def test_lengths_of_their_own(seed: int, packed: bool) -> None:
+    """Sequences in a padded or packed batch, with NaN in the padding and behind the last sequence."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    heads_kv, count = draw.choice([1, 2]), draw.choice([1, 3])
+    given = [[draw.choice([0, 1, 5, 64, 100, 128, 130, 257]) for _ in range(count)] for _ in range(2)]
+    room = [max(max(x), 1) + draw.choice([0, 3, 130]) for x in given]
+    r = AttentionRequest.from_shape(
+        batch=count, heads_q=heads_kv * draw.choice([1, 3]), heads_kv=heads_kv, seqlen_q=room[0], seqlen_kv=room[1],
+        head_dim=DIM, layout="thd" if packed else "bhsd", packed=packed, padded=not packed, return_lse=True,
+        **(draw_band(draw) if draw.random() < 0.7 else {}),
+    )  # fmt: skip
+    starts = [[sum(x[:i]) for i in range(count + 1)] for x in given]
+    if packed:
+        spans = [[slice(*x[b : b + 2]) for b in range(count)] for x in starts]
+        stats = [(starts[0][b] + 128 * b) // 128 * 128 for b in range(count)]
+        sizes = [(1, starts[i][-1] + 7) for i in (0, 1)]
+    else:
+        spans = [[slice(0, n) for n in x] for x in given]
+        stats = [b * whole_tiles(room[0]) for b in range(count)]
+        sizes = [(count, room[i]) for i in (0, 1)]
+    batch = [Sequence(0 if packed else b, spans[0][b], spans[1][b], stats[b]) for b in range(count)]
+    tensors = []
+    for side, heads in ((0, r.heads_q), (1, heads_kv), (1, heads_kv), (0, r.heads_q)):
+        x = torch.full((sizes[side][0], heads, sizes[side][1], DIM), math.nan).bfloat16()
+        for b in batch:
+            at = b.keys if side else b.queries
+            x[b.entry, :, at] = torch.randn(heads, at.stop - at.start, DIM).bfloat16()
+        tensors.append(x)
+    lengths = tuple(torch.tensor(x, dtype=torch.int32) for x in (starts if packed else given))
+    found = emulate(r, batch, tensors, draw.choice([1, 2, 7]), lengths)
+    agree(r, batch, tensors, found)
+    unwritten = torch.ones(found[1].shape[0], found[1].shape[2], dtype=torch.bool)
+    for b in batch:
+        unwritten[b.entry, b.keys] = False
+    for grad in found[1:]:  # padding is zeros; what is no sequence's is left alone
+        left = grad.transpose(1, 2)[unwritten]
+        assert left.isnan().all() if packed else (left == 0).all()
