@@ -214,7 +214,7 @@ def _decoding(chosen: list[Row], bandwidth: float) -> list[Bar]:
 
 
 def _choice(rows: list[Row]) -> Bar:
-    """configs/triton/hopper.yaml sends calls to the faster forward."""
+    """configs/triton/hopper.yaml sends calls to the faster forward, or to one within what runs differ by."""
     fastest: dict[Shape, float] = {}
     for r in rows:
         if r.kernel in OURS[:2] and r.direction == "forward" and r.ms:
@@ -224,7 +224,7 @@ def _choice(rows: list[Row]) -> Bar:
         for r in rows
         if r.chosen and r.direction == "forward" and r.ms and r.shape in fastest
     ]
-    return lowest("the forward that is chosen / the faster one", 0.97, values)
+    return lowest("the forward that is chosen / the faster one", 0.95, values)
 
 
 # --- Tables ------------------------------------------------------------------------------------------------------

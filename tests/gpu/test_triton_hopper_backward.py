@@ -94,7 +94,7 @@ def test_lengths_of_their_own(seed: int, packed: bool) -> None:
     options: dict[str, Any] = {"causal": window is None and draw.random() < 0.7, "window": window}
     options |= {"alignment": draw.choice(["top_left", "bottom_right"])}
     count, heads_kv = draw.choice([1, 2, 5]), draw.choice([1, 2])
-    given = [tuple(draw.choice([0, *LENGTHS]) for _ in range(count)) for _ in range(2)]
+    given = [(draw.choice(LENGTHS), *(draw.choice([0, *LENGTHS]) for _ in range(count - 1))) for _ in range(2)]
     keys = None if draw.random() < 0.5 else given[1]
     options["heads"] = (heads_kv * draw.choice([1, 2, 4]), heads_kv)
     if packed:
