@@ -38,7 +38,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from attnrt.backends.base import Kernel, reasons
 from attnrt.backends.torch_sdpa import TorchSDPA
 from attnrt.backends.triton import TritonBackend, adapter
-from attnrt.backends.triton.rules import FUSED_DIM, fused_backward, fusible
+from attnrt.backends.triton.rules import FUSED_DIMS, fused_backward, fusible
 from attnrt.environment import Environment
 from attnrt.operands import NO_OPERANDS, Operands, bind
 from attnrt.request import AttentionRequest
@@ -190,7 +190,7 @@ def described(shape: Shape, direction: str) -> Iterator[tuple[str, dict[str, Any
         options |= {"layout": "thd", "operands": ("cu_seqlens",)}
     yield "portable", options | {"deterministic": direction == "backward"}
     windowed = shape.window is not None and shape.dim == 256
-    hopper = not windowed if direction == "forward" else shape.dim == FUSED_DIM and not shape.lengths
+    hopper = not windowed if direction == "forward" else shape.dim in FUSED_DIMS
     if hopper and environment().sm is not None and environment().sm // 10 == 9:
         yield "hopper", options
 

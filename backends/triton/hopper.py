@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnrt.backends.triton import hopper_backward
-from attnrt.backends.triton.hopper_backward import KEYS, LINE, backward, finish_dq
+from attnrt.backends.triton.hopper_backward import KEYS, LINE, PART, backward, finish_dq
 from attnrt.backends.triton.hopper_kernel import BLOCK_M, MISSING, ROWS, forward
 from attnrt.backends.triton.launch import launch as launch_kernel
 from attnrt.backends.triton.scores import LOG2E
@@ -125,7 +125,7 @@ def launch_backward(
         *(descriptor(x, r.layout, ROWS.value) for x in (q, grad, k, v, dk, dv)),
         *(dk, dv, *strides_of(dk, r), *strides_of(dv, r)),
         *(lines(x, 1, ROWS.value) for x in (lse2, delta)),
-        lines(sums, ROWS.value * r.head_dim_qk // 2 // LINE.value, LINE.value),
+        lines(sums, ROWS.value * PART.value // LINE.value, LINE.value),
         *(*lengths, r.scale * LOG2E.value, r.left or 0, UNBOUNDED if r.right is None else r.right),
         *(_shift(r, lengths), r.heads_kv, r.group, r.seqlen_q, r.seqlen_kv, padded_q, rows),
         *(tiles, pairs, min(pairs, section(r, 1))),

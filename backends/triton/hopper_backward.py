@@ -13,7 +13,8 @@ Three teams of warps share a program, as in hopper_kernel.py (which tells how th
                      dV  += P^T dO                      P straight from registers
                      dS^T = P^T (dP^T - delta)          while that runs; a copy goes to shared memory
                      dK  += dS^T Q                      dS straight from registers
-                     dQ   = dS K                        needs the dS of both: each takes half of the columns of dQ
+                     dQ   = dS K                        needs the dS of both: each takes 64 of dQ's columns, where
+                                                        there are no more, in every second step
 """
 
 # mypy: ignore-errors
@@ -47,6 +48,8 @@ STAGES = tl.constexpr(2)
 """Blocks of queries in flight."""
 LINE = tl.constexpr(128)
 """Sums of dQ that a row of their tensor map has."""
+PART = tl.constexpr(64)
+"""Columns of dQ that one consumer computes at a time."""
 
 
 if MISSING is None and not hasattr(gluon_ir.GluonOpBuilder, "create_async_tma_reduce"):
@@ -161,11 +164,30 @@ def producer(
 
 
 @gluon.jit()
-def in_order_of_threads(x, D: gl.constexpr):
-    """A half of a block's dQ as lines of LINE sums: four numbers of a thread stand together, and threads in a row, so
+def in_order_of_threads(x):
+    """A part of a block's dQ as lines of LINE sums: four numbers of a thread stand together, and threads in a row, so
     that nothing moves between registers. `finish_dq` undoes it."""
-    x = x.reshape([4, 2, 8, D // 32, 2, 4, 2])  # warp, half of its rows, row; pair of 8 columns, which, quad, which
-    return x.permute([1, 3, 0, 2, 5, 4, 6]).reshape([ROWS * D // 2 // LINE, LINE])
+    x = x.reshape([4, 2, 8, PART // 16, 2, 4, 2])  # warp, half of its rows, row; pair of 8 columns, which, quad, which
+    return x.permute([1, 3, 0, 2, 5, 4, 6]).reshape([ROWS * PART // LINE, LINE])
+
+
+@gluon.jit()
+def start_dq(k, ds_ring, slot, part, D: gl.constexpr):
+    """dS K of a block, for one part of the columns of K."""
+    COLUMNS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
+    dq = gl.zeros([ROWS, PART], gl.float32, COLUMNS)
+    for c in gl.static_range(2):  # the consumers' keys
+        keys = k.index(c).reshape([ROWS, D]).slice(part * PART, PART, 1)
+        dq = warpgroup_mma(ds_ring.index(slot * 2 + c).permute([1, 0]), keys, dq, use_acc=c > 0, is_async=True)
+    return dq
+
+
+@gluon.jit()
+def add_up(SUMS, line, sums, dq, WHO: gl.constexpr):
+    tma.store_wait(0)  # the sums of the step before have been read
+    sums.index(WHO).store(in_order_of_threads(dq))
+    fence_async_shared()
+    tma_add(SUMS, [line, 0], sums.index(WHO))
 
 
 @gluon.jit()
@@ -179,7 +201,6 @@ def step(
     _, q_full, q_empty, dout_full, dout_empty, ds_full = barriers
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])  # (keys, queries)
     GRADS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, GRADS, k_width=2)
     slot = n % STAGES
     parity = n // STAGES & 1
@@ -219,24 +240,22 @@ def step(
     fence_async_shared()  # the matrix units read past the caches that plain stores go through
     mbarrier.arrive(ds_full.index(slot), count=1)
     dk = warpgroup_mma(gl.convert_layout(ds, WEIGHTS, assert_trivial=True), q, dk, is_async=True)
-    mbarrier.wait(ds_full.index(slot), parity)
-    zeros = gl.zeros([ROWS, D // 2], gl.float32, HALF)
-    dq = warpgroup_mma(
-        ds_ring.index(slot * 2).permute([1, 0]), k.index(0).reshape([ROWS, D]).slice(WHO * (D // 2), D // 2, 1),
-        zeros, use_acc=False, is_async=True,
-    )  # fmt: skip
-    dq = warpgroup_mma(
-        ds_ring.index(slot * 2 + 1).permute([1, 0]), k.index(1).reshape([ROWS, D]).slice(WHO * (D // 2), D // 2, 1),
-        dq, is_async=True,
-    )  # fmt: skip
-    dv, dk = warpgroup_mma_wait(2, deps=[dv, dk])
-    mbarrier.arrive(dout_empty.index(slot), count=1)
-    mbarrier.arrive(q_empty.index(slot), count=1)
-    dq = warpgroup_mma_wait(0, deps=[dq])
-    tma.store_wait(0)  # the sums of the step before have been read
-    sums.index(WHO).store(in_order_of_threads(dq, D))
-    fence_async_shared()
-    tma_add(SUMS, [line + WHO * (ROWS * D // 2 // LINE), 0], sums.index(WHO))
+    if D == 2 * PART:
+        mbarrier.wait(ds_full.index(slot), parity)
+        dq = start_dq(k, ds_ring, slot, WHO, D)
+        dv, dk = warpgroup_mma_wait(2, deps=[dv, dk])
+        mbarrier.arrive(dout_empty.index(slot), count=1)
+        mbarrier.arrive(q_empty.index(slot), count=1)
+        dq = warpgroup_mma_wait(0, deps=[dq])
+        add_up(SUMS, line + WHO * (ROWS * PART // LINE), sums, dq, WHO)
+    else:
+        dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
+        mbarrier.arrive(dout_empty.index(slot), count=1)
+        mbarrier.arrive(q_empty.index(slot), count=1)
+        if n % 2 == WHO:
+            mbarrier.wait(ds_full.index(slot), parity)
+            dq = warpgroup_mma_wait(0, deps=[start_dq(k, ds_ring, slot, 0, D)])
+            add_up(SUMS, line, sums, dq, WHO)
     return dk, dv
 
 
@@ -261,8 +280,8 @@ def walk(
     mine = n0 + WHO * ROWS
     edges = (mine - shift - right, seqlen_kv - mine, mine - shift + left)
     BLOCK: gl.constexpr = ROWS * D // LINE
-    line = (h_kv * group * stats_rows + row) * (D // LINE) + first * BLOCK
-    onward = stats_rows * (D // LINE) - (stop - first) * BLOCK
+    line = (h_kv * group * stats_rows + row) // ROWS * BLOCK + first * BLOCK
+    onward = stats_rows // ROWS * BLOCK - (stop - first) * BLOCK
     mbarrier.wait(barriers[0].index(0), 0)
     mbarrier.wait(barriers[0].index(1), 0)
     if FOREIGN_KEYS:
@@ -351,7 +370,7 @@ def backward(
         gl.allocate_shared_memory(
             Q.dtype, [4, ROWS, ROWS], gl.NVMMASharedLayout.get_default_for([ROWS, ROWS], Q.dtype)
         ),
-        gl.allocate_shared_memory(gl.float32, [2, ROWS * D // 2 // LINE, LINE], SUMS.layout),
+        gl.allocate_shared_memory(gl.float32, [2, ROWS * PART // LINE, LINE], SUMS.layout),
     )
     layout: gl.constexpr = mbarrier.MBarrierLayout()
     kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], layout)
@@ -407,10 +426,10 @@ def finish_dq(
         begin_q, length_q = span(LENGTHS_Q, b, seqlen_q, PACKED)
         end_q, entry = begin_q + length_q, 0
     row, dim = tl.arange(0, BLOCK)[:, None], tl.arange(0, DIM)[None, :]
-    column = dim % (DIM // 2)
+    column = dim % PART
     thread = row // 16 * 32 + row % 8 * 4 + column % 8 // 2
-    step = row % 16 // 8 * (DIM // 32) + column // 16
-    place = dim // (DIM // 2) * (BLOCK * DIM // 2) + (step * 128 + thread) * 4 + column // 8 % 2 * 2 + column % 2
+    step = row % 16 // 8 * (PART // 16) + column // 16
+    place = dim // PART * (BLOCK * PART) + (step * 128 + thread) * 4 + column // 8 % 2 * 2 + column % 2
     first = tl.cast(h, tl.int64) * stats_rows + stats_begin(begin_q, b, padded_q, PACKED) + m0
     if begin_q + m0 < end_q:
         store_tile(DQ, entry, h, begin_q + m0, end_q, tl.load(SUMS + first * DIM + place) * scale, DIM, DIM, BLOCK)

@@ -116,14 +116,14 @@ HOPPER_RULES = (
 )
 
 
-FUSED_DIM = 128
+FUSED_DIMS = (64, 128)
 
 
 def fusible(r: AttentionRequest, e: Environment) -> bool:
     """The Hopper backward (hopper_backward.py) is written for this call: no feature but a band and sinks, and sums of
     dq whose order changes from run to run."""
     here = between(e, 90, 100) and not e.lacks("triton", ">=3.6,<3.10")
-    plain = r.dtype in ("fp16", "bf16") and r.head_dim_qk == r.head_dim_v == FUSED_DIM
+    plain = r.dtype in ("fp16", "bf16") and r.head_dim_qk == r.head_dim_v and r.head_dim_qk in FUSED_DIMS
     return here and plain and not (r.bias or r.mask or r.alibi or r.softcap or r.dropout_p or r.deterministic)
 
 

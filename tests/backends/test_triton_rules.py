@@ -155,7 +155,8 @@ def test_bytes_count_the_bias_gradient() -> None:
     [
         ({"deterministic": True}, {}),
         ({"dtype": "fp32"}, {}),
-        ({"head_dim": 64}, {}),
+        ({"head_dim": 256}, {}),
+        ({"head_dim": 96}, {}),
         ({"head_dim_v": 64}, {}),
         ({"softcap": 30.0}, {}),
         ({"alibi": True}, {}),

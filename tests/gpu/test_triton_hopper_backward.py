@@ -17,7 +17,7 @@ from running import run
 from torch import Tensor
 
 from attnrt.backends.triton import TritonBackend
-from attnrt.backends.triton.rules import fused_backward, fusible
+from attnrt.backends.triton.rules import FUSED_DIMS, fused_backward, fusible
 from attnrt.environment import Environment
 from attnrt.operands import Operands
 
@@ -61,10 +61,11 @@ def test_chosen_unless_determinism_is_asked_for() -> None:
     assert not fused_backward(replace(case, options={"deterministic": True}).request(), here)
 
 
+@pytest.mark.parametrize("dim", FUSED_DIMS)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("seqlen", LENGTHS)
-def test_lengths(seqlen: int, causal: bool) -> None:
-    agrees(call(seqlen, heads=(4, 2), batch=2, causal=causal))
+def test_lengths(seqlen: int, causal: bool, dim: int) -> None:
+    agrees(call(seqlen, dim=dim, heads=(4, 2), batch=2, causal=causal))
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -73,6 +74,7 @@ def test_random(seed: int) -> None:
     window = draw.choice([None, None, (0, 0), (100, 0), (128, None), (None, 70), (300, 300)])
     options: dict[str, Any] = {"causal": window is None and draw.random() < 0.6, "window": window}
     options |= {"alignment": draw.choice(["top_left", "bottom_right"]), "scale": draw.choice([None, 0.3, -0.05])}
+    options["dim"] = draw.choice(FUSED_DIMS)
     heads_kv = draw.choice([1, 2, 3])
     heads = heads_kv * draw.choice([1, 2, 4, 7])
     sinks = torch.randn(heads, device="cuda", requires_grad=True) if draw.random() < 0.3 else None
@@ -92,7 +94,7 @@ def test_lengths_of_their_own(seed: int, packed: bool) -> None:
     draw = random.Random(seed)
     window = draw.choice([None, None, (100, 0), (128, None), (300, 300)])
     options: dict[str, Any] = {"causal": window is None and draw.random() < 0.7, "window": window}
-    options |= {"alignment": draw.choice(["top_left", "bottom_right"])}
+    options |= {"alignment": draw.choice(["top_left", "bottom_right"]), "dim": draw.choice(FUSED_DIMS)}
     count, heads_kv = draw.choice([1, 2, 5]), draw.choice([1, 2])
     given = [(draw.choice(LENGTHS), *(draw.choice([0, *LENGTHS]) for _ in range(count - 1))) for _ in range(2)]
     keys = None if draw.random() < 0.5 else given[1]
@@ -137,11 +139,12 @@ def test_some_gradients(wanted: str) -> None:
     agrees(case)
 
 
+@pytest.mark.parametrize("dim", FUSED_DIMS)
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (1000, 0)}], ids=["full", "causal", "window"])
-def test_many_tiles(options: dict[str, Any]) -> None:
+def test_many_tiles(options: dict[str, Any], dim: int) -> None:
     """More tiles than multiprocessors, again and again, beside the portable twin: a race would show. dk and dv have one
     writer each, so they are the same bits every time."""
-    case = call(4096, heads=(16, 4), batch=2, **options)
+    case = call(4096, dim=dim, heads=(16, 4), batch=2, **options)
     twin = found_by(case, fused=False)
     first = found_by(case)
     for name in "qkv":

@@ -441,17 +441,18 @@ def test_tuning_compares_answers_and_times(kind: str, monkeypatch: pytest.Monkey
         assert tune.time_candidate(row, TILES[0], truth, fast).dropped.startswith("slow")
 
 
+@pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("packed", [False, True])
-def test_sums_of_the_hopper_backward_are_put_in_order(packed: bool) -> None:
-    """hopper_backward.finish_dq undoes the order in which threads held dQ (`in_order_of_threads`, of each half)."""
+def test_sums_of_the_hopper_backward_are_put_in_order(packed: bool, dim: int) -> None:
+    """hopper_backward.finish_dq undoes the order in which threads held dQ (`in_order_of_threads`, of 64 columns)."""
     from attnrt.backends.triton import hopper_backward
 
-    lengths_of, heads, dim, rows = [100, 7], 3, 128, 512
+    lengths_of, heads, rows = [100, 7], 3, 512
     begins = [0, 128]  # of the statistics: (100 + 128) // 128 * 128, which is that of a second sequence of 128 rows too
     torch.manual_seed(0)
     dq = torch.randn(heads, rows, dim)
-    halves = dq.view(heads * rows // 64, 64, 2, dim // 2).transpose(1, 2)
-    parts = halves.reshape(-1, 4, 2, 8, dim // 32, 2, 4, 2).permute(0, 2, 4, 1, 3, 6, 5, 7)
+    parts = dq.view(heads * rows // 64, 64, dim // 64, 64).transpose(1, 2)
+    parts = parts.reshape(-1, 4, 2, 8, 4, 2, 4, 2).permute(0, 2, 4, 1, 3, 6, 5, 7)
     sums = parts.reshape(heads, rows, dim).contiguous()
     shape = (1, sum(lengths_of) + 3, heads, dim) if packed else (2, 100, heads, dim)
     found = torch.full(shape, math.nan)
