@@ -65,10 +65,11 @@ def test_misaligned_after_aligned() -> None:
         right(q, k, v, out)
 
 
-def test_backward_with_other_gradients() -> None:
+@pytest.mark.parametrize("seqlen", [200, 1100])  # on Hopper: two walks, and one
+def test_backward_with_other_gradients(seqlen: int) -> None:
     """The strides of the output's gradient are not the plan's: each kind has its notes."""
     for kind in ("dense", "transposed", "expanded", "dense", "transposed"):
-        q, k, v = (x.requires_grad_() for x in tensors())
+        q, k, v = (x.requires_grad_() for x in tensors(seqlen, seqlen))
         out = attnrt.attention(q, k, v, layout="bshd", backend="triton", causal=True)
         grad = {
             "dense": lambda out=out: torch.randn_like(out),
