@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnrt.backends.base import FEATURE_NAMES, Backend, Kernel, linear_bytes
-from attnrt.backends.triton.rules import DECODE_RULES, HOPPER_RULES, RULES
+from attnrt.backends.triton.rules import DECODE_RULES, HOPPER_RULES, RULES, fused_backward
 from attnrt.environment import Environment
 from attnrt.request import AttentionRequest
 
@@ -34,6 +34,11 @@ class Portable(Kernel):
         bias = request.bias
         grad = bias.elements * 4 if bias is not None and bias.requires_grad else 0  # summed in float32
         return linear_bytes(request) + grad
+
+    def notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
+        if not request.needs_grad or not fused_backward(request, environment):
+            return ()
+        return ("the backward adds dq up in an order that changes from run to run; deterministic=True takes another",)
 
     def prepare(self, request: AttentionRequest, environment: Environment) -> Run:
         from attnrt.backends.triton.adapter import prepare  # imports triton
@@ -102,6 +107,9 @@ class TritonBackend(Backend):
 
     def bytes(self, request: AttentionRequest, environment: Environment) -> int:
         return self.kernels[-1].bytes(request, environment)
+
+    def notes(self, request: AttentionRequest, environment: Environment) -> tuple[str, ...]:
+        return self.kernels[-1].notes(request, environment)
 
     def prepare(self, request: AttentionRequest, environment: Environment) -> Run:
         """The first kernel that takes the request."""

@@ -173,8 +173,11 @@ def test_the_hopper_backward_is_for_plain_calls_on_hopper(asked: dict[str, Any],
     """And for those whose dq may differ in its last bits."""
     plain, here = {"training": True}, environment()
     for taken in ({}, {"causal": True}, {"window": (100, 0)}, {"sinks": True}, {"packed": True}, {"padded": True}):
-        assert fused_backward(request(**plain, **taken), here)
-    assert not fused_backward(request(**plain, **asked), environment(**there))
+        r = request(**plain, **taken)
+        assert fused_backward(r, here)
+        assert "order" in BACKEND.notes(r, here)[0] and not BACKEND.notes(replace(r, needs_grad=False), here)
+    r, there_ = request(**plain, **asked), environment(**there)
+    assert not fused_backward(r, there_) and not BACKEND.notes(r, there_)
 
 
 @settings(max_examples=200, deadline=None)
