@@ -143,11 +143,11 @@ def attention(  # type: ignore[misc]
     try:
         dtype = q.dtype
         if q.is_cuda and k.is_cuda and v.is_cuda:
+            if _seen.several_gpus is None:  # known for good, now that CUDA is in use
+                _seen.several_gpus = torch.cuda.device_count() > 1
             # As execution.device_facts, which would be one more call; so are the other checks here that are in line.
             where: Any = (
-                q.get_device(),
-                k.get_device(),
-                v.get_device(),
+                (q.get_device(), k.get_device(), v.get_device()) if _seen.several_gpus else "the only GPU",
                 (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
                 _capturing(),
                 dtype is _float32 and tf32_allowed(),

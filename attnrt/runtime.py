@@ -67,14 +67,16 @@ plans: dict[Any, Plan] = {}
 
 
 class Seen:
-    """The environment variables as they were last parsed, with their raw values; `quiet`: none was set."""
+    """The environment variables as they were last parsed, with their raw values; `quiet`: none was set. And whether
+    there are several GPUs; None before the first call on one."""
 
-    __slots__ = ("quiet", "values", "variables")
+    __slots__ = ("quiet", "several_gpus", "values", "variables")
 
     def __init__(self) -> None:
         self.values: list[Any] = [object()]
         self.quiet = False
         self.variables: Variables | None = None
+        self.several_gpus: bool | None = None
 
 
 seen = Seen()

@@ -57,6 +57,7 @@ class Device:
         self.name, self.sm = properties.name, properties.major * 10 + properties.minor
         self.sm_count = properties.multi_processor_count
         self.torch_device = torch.device("cuda", index)
+        self.several = torch.cuda.device_count() > 1
         self.lock, self.build_lock = Lock(), Lock()
         with torch.cuda.device(index):
             self.handle = create_handle(cudnn, index)
@@ -103,7 +104,7 @@ class Device:
 
     def run(self, plan: Plan, pointers: list[int]) -> None:
         """Run a plan on the current stream, with a workspace from torch's allocator. pointers: in order of uid."""
-        if _current_device() != self.index:
+        if self.several and _current_device() != self.index:
             with torch.cuda.device(self.index):
                 return self.run(plan, pointers)
         if not plan.workspace:
