@@ -44,6 +44,8 @@ class Advisory:
         effect, remedy: one sentence each. source: where it was reported.
         action: "refuse" if the request alone tells that the result is wrong; "warn" if the values decide, or nobody has
             confirmed it for this very case.
+        described: it is about what lies on a machine, so it is said of one that is described alone. Of this machine the
+            backend's `answer` says whether it is so.
     """
 
     id: str
@@ -55,8 +57,11 @@ class Advisory:
     source: str
     action: Literal["refuse", "warn"]
     holds: Condition
+    described: bool = False
 
     def touches(self, request: AttentionRequest, environment: Environment) -> bool:
+        if self.described and not environment.simulated:
+            return False
         return self.holds(request, environment) and all(environment.has(p, versions) for p, versions in self.packages)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any, Literal, overload
 
@@ -13,7 +14,7 @@ from attnrt.decision import Decision
 from attnrt.environment import NAMED, Environment
 from attnrt.errors import ArgumentTypeError
 from attnrt.execution import device_facts
-from attnrt.operands import NO_OPERANDS, Operands, signature
+from attnrt.operands import NO_OPERANDS, Operands, signature, tf32_allowed
 from attnrt.request import AttentionRequest
 from attnrt.settings import (
     ENCODED,
@@ -27,6 +28,8 @@ from attnrt.settings import (
 from attnrt.sharded import CONTEXT_PARALLEL, sharded
 
 _set_last = execution.last.set
+_capturing = torch.cuda.is_current_stream_capturing
+_float32 = torch.float32
 _context = own_context
 _graph_task = torch._C._current_graph_task_id
 _plans = runtime.plans
@@ -40,6 +43,10 @@ _dynamo = torch.compiler.is_dynamo_compiling
 _transform = torch._C._functorch.peek_interpreter_stack
 _deterministic_enabled = torch.are_deterministic_algorithms_enabled
 _modules = sys.modules
+_of_tuple: Any = tuple.__new__
+BY_NAME: Any = object()
+"""In the place of a fourth positional argument. Python looks up a default after a bare * in a dictionary, and a call of
+`attention`, which has 22 of them, took a fifteenth longer for it."""
 
 
 @overload
@@ -52,7 +59,7 @@ def attention(  # type: ignore[misc]
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
+    _: Any = BY_NAME,
     layout: str = "bhsd",
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
@@ -121,6 +128,8 @@ def attention(  # type: ignore[misc]
     Inside torch.compile and torch.export the call is one operator of the graph, chosen for when the graph is traced,
     or, where a size is dynamic, once for each size when it runs. torch.func.vmap raises ArgumentError.
     """
+    if _ is not BY_NAME:
+        raise TypeError("attention() takes 3 positional arguments, q, k and v; everything else goes by name")
     plain = type(q) is type(k) is type(v) is Tensor
     if _dynamo() or not plain or _transform() is not None:
         tensors = Operands(
@@ -132,7 +141,19 @@ def attention(  # type: ignore[misc]
     if (not plain or CONTEXT_PARALLEL in _modules) and sharded(q, k, v):
         return _of_dtensors(locals())
     try:
-        on_cpu = q.is_cpu and k.is_cpu and v.is_cpu
+        dtype = q.dtype
+        if q.is_cuda and k.is_cuda and v.is_cuda:
+            if _seen.several_gpus is None:  # known for good, now that CUDA is in use
+                _seen.several_gpus = torch.cuda.device_count() > 1
+            # As execution.device_facts, which would be one more call; so are the other checks here that are in line.
+            where: Any = (
+                (q.get_device(), k.get_device(), v.get_device()) if _seen.several_gpus else "the only GPU",
+                (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
+                _capturing(),
+                dtype is _float32 and tf32_allowed(),
+            )
+        else:
+            where = (q.is_cpu and k.is_cpu and v.is_cpu) or device_facts(q, k, v)
         autocast = _any_autocast() and _autocast_on(q.device.type)
         if (
             mask is bias is alibi_slopes is sinks is None
@@ -140,13 +161,29 @@ def attention(  # type: ignore[misc]
         ):
             operands, parts = NO_OPERANDS, None
         else:
-            operands = Operands(
-                mask, bias, alibi_slopes, sinks, seqlens_q, seqlens_kv, cu_seqlens_q, cu_seqlens_kv, page_table
+            # As Operands(...), in half the time.
+            operands = _of_tuple(
+                Operands,
+                (mask, bias, alibi_slopes, sinks, seqlens_q, seqlens_kv, cu_seqlens_q, cu_seqlens_kv, page_table),
             )
             parts = signature(operands, layout, q, k, (max_seqlen_q, max_seqlen_kv))
-        if window is not None and type(window) is not tuple:
-            window = tuple(window)  # type: ignore[assignment]  # a list cannot be a key
-        # As settings.current_context, which would be one more call.
+        # 1 equals True as a key, but is not a flag: only the right types may find what was remembered.
+        typed = (
+            (causal is False or causal is True)
+            and (return_lse is False or return_lse is True)
+            and (scale is None or scale.__class__ is float or not isinstance(scale, bool))
+        )
+        rest: Any = None
+        if not (
+            parts is window is policy is softcap is deterministic is max_seqlen_q is max_seqlen_kv is None
+            and dropout_p.__class__ is float
+            and dropout_p == 0.0
+        ):
+            if window is not None and type(window) is not tuple:
+                window = tuple(window)  # type: ignore[assignment]  # a list cannot be a key
+            typed = typed and _right_types(deterministic, window, softcap, dropout_p)
+            rest = (parts, window, softcap, deterministic, max_seqlen_q, max_seqlen_kv, policy, dropout_p)
+        # As settings.current_context.
         context = _context()
         if context is NO_CONTEXT and _graph_task() != -1:
             context = inherited_context()
@@ -157,35 +194,24 @@ def attention(  # type: ignore[misc]
             q.is_contiguous() or q.stride(),
             k.is_contiguous() or k.stride(),
             v.is_contiguous() or v.stride(),
-            q.dtype,
+            dtype,
             k.dtype,
             v.dtype,
-            on_cpu or device_facts(q, k, v),
-            (q.requires_grad or k.requires_grad or v.requires_grad) and _grad_enabled(),
+            where,
+            _grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
             layout,
             causal,
-            window,
             alignment,
-            softcap,
-            dropout_p,
             scale,
             return_lse,
-            _deterministic_enabled() if deterministic is None else (deterministic,),
-            max_seqlen_q,
-            max_seqlen_kv,
-            parts,
             backend,
-            policy,
+            rest,
+            _deterministic_enabled(),
             context,
         )
-        # 1 equals True as a key, but is not a flag: only the right types may find what was remembered.
-        flags = (causal is False or causal is True) and (return_lse is False or return_lse is True)
-        bare = deterministic is None and softcap is None and scale is None and window is None
-        if not (bare and dropout_p.__class__ is float):
-            flags = flags and _right_types(deterministic, window, softcap, scale, dropout_p)
-        if not flags:
+        if not typed:
             key = None  # type: ignore[assignment]
-        # As runtime.variables_are_known, which would be one more call.
+        # As runtime.variables_are_known.
         current = _isdisjoint(_OURS) if _seen.quiet else environ_values() == _seen.values
         made = _plans.get(key) if current and not autocast else None
     except (AttributeError, TypeError, KeyError):
@@ -203,6 +229,14 @@ def attention(  # type: ignore[misc]
         failed = runtime.demote(error, made.decision)
         return _first({**locals(), "made": None, "failed": failed})
 
+
+def _by_name_alone(function: Any) -> inspect.Signature:
+    """As if everything after q, k and v stood behind a bare *."""
+    q, k, v, _, *rest = inspect.signature(function).parameters.values()
+    return inspect.Signature([q, k, v, *(p.replace(kind=p.KEYWORD_ONLY) for p in rest)])
+
+
+attention.__signature__ = _by_name_alone(attention)  # type: ignore[attr-defined]
 
 _OPTIONS = (
     "layout",
@@ -247,10 +281,10 @@ def _of_dtensors(call: dict[str, Any]) -> Any:
     return dtensor.attend(call["q"], call["k"], call["v"], operands, {name: call[name] for name in _OPTIONS})
 
 
-def _right_types(flag: Any, window: Any, *numbers: Any) -> bool:
-    if window is not None:
-        numbers = (*numbers, *window) if isinstance(window, tuple) else (True,)
-    return (flag is None or isinstance(flag, bool)) and not any(isinstance(n, bool) for n in numbers)
+def _right_types(flag: Any, window: Any, softcap: Any, dropout_p: Any) -> bool:
+    if window is not None and (not isinstance(window, tuple) or any(isinstance(n, bool) for n in window)):
+        return False
+    return (flag is None or isinstance(flag, bool)) and not (isinstance(softcap, bool) or isinstance(dropout_p, bool))
 
 
 def _autocast_on(kind: str) -> bool:

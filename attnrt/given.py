@@ -1,4 +1,4 @@
-"""The environment variables that are set, read by pydantic-settings."""
+"""The environment variables that are set, read by pydantic-settings: what `variables.plain_value` leaves to it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from attnrt.errors import UnknownNameError
 
 
 class Given(BaseSettings):
-    """One field a variable, named as in `Variables`."""
+    """One field a variable, named as in `Variables`. Read by its alias alone: a variable named `report` is not ours."""
 
-    model_config = SettingsConfigDict(
-        env_ignore_empty=True, case_sensitive=True, extra="ignore", frozen=True, populate_by_name=True
-    )
+    model_config = SettingsConfigDict(env_ignore_empty=True, case_sensitive=True, extra="ignore", frozen=True)
 
     backend: str | None = Field(default=None, validation_alias="ATTNRT_BACKEND")
     prefer: Annotated[tuple[str, ...], NoDecode] = Field(default=(), validation_alias="ATTNRT_PREFER")

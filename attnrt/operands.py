@@ -38,6 +38,8 @@ _LAYOUT_DIMS = {"bhsd": "(B, H, S, D)", "bshd": "(B, S, H, D)", "sbhd": "(S, B, 
 _AXES = {"bhsd": (0, 1, 2, 3), "bshd": (0, 2, 1, 3), "sbhd": (1, 2, 0, 3)}
 """Where B, H, S and D stand in each layout."""
 _fp32_precision = torch._C._get_fp32_precision_getter
+_grad_enabled = torch.is_grad_enabled
+_strided = torch.strided
 
 
 class Operands(NamedTuple):
@@ -231,15 +233,26 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, heads: Any, seqlen: tuple[int
 
 def signature(operands: Operands, layout: str, q: Tensor, k: Tensor, longest: tuple[Any, Any]) -> tuple[Any, ...]:
     """What of the optional tensors a choice depends on, for a cache key; lengths on a CPU are checked on the way."""
-    grad = torch.is_grad_enabled()
+    grad = _grad_enabled()
     parts: list[Any] = []
+    before, to_read = None, False
     for t in operands:
         if t is None:
             parts.append(None)
-        elif t.layout != torch.strided:
+        elif t is before:  # as cu_seqlens of self-attention
+            parts.append(parts[-1])
+        elif t.layout is not _strided:
             return (None,)  # nothing is ever kept under this key: `bind` refuses it
+        elif t.is_cuda:  # a number: devices take thrice as long to compare
+            parts.append((t.shape, t.stride(), t.dtype, t.get_device(), grad and t.requires_grad))
         else:
+            to_read = True
             parts.append((t.shape, t.stride(), t.dtype, t.device, grad and t.requires_grad))
+        before = t
+    _, _, _, _, lengths_q, lengths_kv, cu_q, cu_kv, _ = operands
+    if not to_read and (layout != "thd" or (longest[0].__class__ is int and longest[1].__class__ is int)):
+        # On a GPU no value is looked at, and whatever else could be wrong is in the key: `bind` refused it.
+        return (*parts, same_lengths(lengths_q, lengths_kv) or same_lengths(cu_q, cu_kv))
     dims = 3 if layout == "thd" else 4
     if q.ndim != dims or k.ndim != dims:
         return tuple(parts)
@@ -247,7 +260,6 @@ def signature(operands: Operands, layout: str, q: Tensor, k: Tensor, longest: tu
         if t is not None and (t.dtype != torch.int32 or t.ndim != 1):
             return tuple(parts)
     if layout == "thd":
-        cu_q, cu_kv = operands.cu_seqlens_q, operands.cu_seqlens_kv
         for name, cu, tokens in (("cu_seqlens_q", cu_q, q.shape[0]), ("cu_seqlens_kv", cu_kv, k.shape[0])):
             if cu is not None and cu.numel():
                 check_cu_seqlens_values(name, cu, tokens)

@@ -19,6 +19,7 @@ from attnrt.backends.base import Reason
 from attnrt.decision import Decision, Verdict
 from attnrt.environment import Environment, forget
 from attnrt.errors import AdvisoryWarning, AttnrtError, BackendFailed, BackendUnavailable, DemotionWarning
+from attnrt.garbage import put_off_once
 from attnrt.operands import Operands, bind
 from attnrt.pins import Pin, pinned
 from attnrt.report import text
@@ -66,14 +67,16 @@ plans: dict[Any, Plan] = {}
 
 
 class Seen:
-    """The environment variables as they were last parsed, with their raw values; `quiet`: none was set."""
+    """The environment variables as they were last parsed, with their raw values; `quiet`: none was set. And whether
+    there are several GPUs; None before the first call on one."""
 
-    __slots__ = ("quiet", "values", "variables")
+    __slots__ = ("quiet", "several_gpus", "values", "variables")
 
     def __init__(self) -> None:
         self.values: list[Any] = [object()]
         self.quiet = False
         self.variables: Variables | None = None
+        self.several_gpus: bool | None = None
 
 
 seen = Seen()
@@ -228,7 +231,8 @@ def plan(
         BackendUnavailable: nothing, or not the forced backend, can serve the call. BackendFailed: it cannot start.
     """
     while True:
-        decision = decide(q, k, v, operands, failed=failed, **options)
+        with put_off_once():
+            decision = decide(q, k, v, operands, failed=failed, **options)
         chosen = settings(options["backend"], options["policy"])
         if chosen.policy is not None and chosen.policy.measures:
             from attnrt.evidence.on_call import measure_once

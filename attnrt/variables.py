@@ -1,6 +1,6 @@
 """The environment variables, parsed strictly: a malformed value or an unknown `ATTNRT_` name is an error.
 
-Where none is set nothing has to be parsed, and a process's first call does not wait for pydantic, 100 ms.
+A process's first call waits for this, and pydantic takes 100 ms to import: it reads only what could be malformed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from attnrt import registry
 from attnrt.errors import VariableError, nearest
 from attnrt.settings import NAMES
 
@@ -86,8 +87,8 @@ def read_variables() -> Variables:
         for name in sorted(os.environ)
         if name.startswith("ATTNRT_") and name not in NAMES
     ]
-    given: dict[str, Any] = {}
-    if any(os.environ.get(name) for name in VALUES):
+    given = {_field(name): plain_value(name, text) for name in VALUES if (text := os.environ.get(name))}
+    if None in given.values():
         from attnrt.given import parse
 
         given, malformed = parse()
@@ -95,3 +96,32 @@ def read_variables() -> Variables:
     if problems:
         raise VariableError("; ".join(problems))
     return Variables(**given)
+
+
+def _field(name: str) -> str:
+    return name.removeprefix("ATTNRT_").lower()
+
+
+_WORDS: dict[str, dict[str, Any]] = {
+    "ATTNRT_REPORT": {word: word for word in ("off", "once", "each")},
+    "ATTNRT_UNFUSED_LIMIT": {"0": 0, "unlimited": -1},
+    "ATTNRT_VERIFY": {"0": False, "1": True},
+}
+
+
+def plain_value(name: str, text: str) -> Any:
+    """What a variable's text means, as `given.parse` has it, where that is plain to see; else None, right or wrong."""
+    match name:
+        case "ATTNRT_CACHE_DIR":
+            return Path(text) if text.isascii() else None
+        case "ATTNRT_BACKEND":
+            return text if text in registry.names() else None
+        case "ATTNRT_PREFER" | "ATTNRT_DISABLE":
+            valid = registry.names() if name == "ATTNRT_PREFER" else (*registry.names(), *registry.kernel_names())
+            listed = tuple(text.split(","))
+            return listed if set(listed) <= set(valid) else None
+        case "ATTNRT_POLICY":
+            from attnrt.policies.preference import policy_names
+
+            return text if text in policy_names() else None
+    return _WORDS.get(name, {"0": 0, "1": 1}).get(text)

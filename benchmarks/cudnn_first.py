@@ -120,8 +120,8 @@ def new_processes() -> dict[str, Any]:
     stages, and of PyTorch's own. Each process has used the GPU before: its CUDA context and cuBLAS are there."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        env = os.environ | {"XDG_CACHE_HOME": folder, "PYTHONPATH": path}
-        env.pop("ATTNRT_CACHE_DIR", None)  # a variable that is set is parsed, by pydantic
+        env = os.environ | {"ATTNRT_CACHE_DIR": folder, "PYTHONPATH": path}
+        env.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled; so is this one, in the first run
 
         def run(how: str) -> dict[str, float]:
             done = subprocess.run(

@@ -55,6 +55,7 @@ class AdvisoryEntry(Entry):
     remedy: Text
     source: Annotated[str, StringConstraints(pattern=r"^https://\S+$")]
     action: Literal["refuse", "warn"]
+    described: bool = False
 
 
 class AdvisoryFile(Entry):
@@ -138,6 +139,7 @@ def read_advisories(file: str, text: str) -> tuple[Advisory, ...]:
             remedy=entry.remedy,
             source=entry.source,
             action=entry.action,
+            described=entry.described,
             holds=_compiled(document, (*at, "when"), entry.when),
         )
     return tuple(found.values())

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +15,8 @@ import torch
 from torch import Tensor
 
 import attnrt
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Constant(attnrt.Backend):
@@ -73,3 +79,26 @@ def test_a_plan_made_without_gradients_does_not_serve_with_them(learned: str) ->
     assert out.requires_grad
     (gradient,) = torch.autograd.grad(out.sum(), parameter)
     assert gradient.abs().sum() > 0
+
+
+PLUGIN = """
+import attnrt
+
+class Constant(attnrt.Backend):
+    name, title, prefix = "constant", "the constant backend", "CONSTANT"
+"""
+
+
+@pytest.mark.parametrize("group", ["attnrt.backends", "attnrt.backends.more", "other"])
+def test_a_package_that_declares_a_backend(tmp_path: Path, group: str) -> None:
+    (tmp_path / "plugin.py").write_text(PLUGIN)
+    info = tmp_path / "plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        f"[console_scripts]\nx = plugin:x\n\n[{group}]\nconstant = plugin:Constant\n"
+    )
+    code = "from attnrt import registry; print('constant' in registry.names())"
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ)
+    assert done.stdout == f"{group == 'attnrt.backends'}\n", done.stderr

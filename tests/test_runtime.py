@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import re
 import sys
 import threading
@@ -375,3 +376,18 @@ def test_nothing_is_printed_or_warned(capsys: pytest.CaptureFixture[str]) -> Non
         warnings.simplefilter("error")
         attnrt.attention(*tensors())
     assert capsys.readouterr() == ("", "")
+
+
+def test_everything_after_q_k_and_v_goes_by_name() -> None:
+    """As the signature says, though `attention` is not written with a bare *, which is slower."""
+    x = torch.ones(1, 1, 2, 8)
+    for extra in ("bhsd", None, False):
+        with pytest.raises(TypeError, match="3 positional arguments"):
+            attnrt.attention(x, x, x, extra)  # type: ignore[call-overload]
+    parameters = inspect.signature(attnrt.attention).parameters
+    explained = inspect.signature(attnrt.explain).parameters
+    assert [(p.name, p.kind, p.default) for p in parameters.values()] == [
+        (p.name, p.kind, p.default) for p in explained.values()
+    ]
+    assert list(parameters)[:3] == ["q", "k", "v"] and parameters["layout"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert torch.equal(attnrt.attention(q=x, k=x, v=x), attnrt.attention(x, x, x))

@@ -452,7 +452,7 @@ def built(spec: Any) -> dict[str, tuple[Any, int] | str]:
     """Every plan that the library has for a graph, by name: its graph and index, or why it does not build."""
     from attnrt.backends.cudnn.drawing import draw
 
-    graph, found = draw(device(0).cudnn, spec, handle=device(0).handle), {}
+    graph, found = draw(device(0).cudnn, spec, every_engine=True, handle=device(0).handle), {}
     for i in range(graph.get_execution_plan_count()):
         name = f"{i} {graph.get_plan_name_at_index(i)}"
         try:
@@ -493,8 +493,7 @@ def by_plans(
 @question
 def nan_in_pages() -> str:
     """Several queries against pages, by plan: what NaN in unused slots, or in unused pages only, does to live rows, and
-    what each takes beside Triton's kernel. A plan that lets nothing in and is not slower would lift
-    CUDNN_PAGED_QUERIES."""
+    what each takes beside Triton's kernel. drawing.BY_ROWS has the engines that let nothing in."""
     said = []
     for layout, queries, size, causal, longest in (
         ("bhsd", 4, 16, True, 640), ("bshd", 4, 16, True, 640), ("bhsd", 4, 16, False, 640),

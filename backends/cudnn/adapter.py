@@ -34,7 +34,7 @@ def prepare(request: AttentionRequest, environment: Environment) -> Run:
 
     def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
         if needs_grad:
-            out, lse = Attention.apply(q, k, v, operands.bias, operands.sinks, operands, call)  # type: ignore[no-untyped-call]
+            out, lse = _apply(q, k, v, operands.bias, operands.sinks, operands, call)
         else:
             out, lse, *_ = call.forward(q, k, v, operands)
         return (out, lse) if needs_lse else out
@@ -87,7 +87,7 @@ def _plain(call: Call) -> Run:
     if call.request.needs_grad:
 
         def train(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
-            return _apply(q, k, v, call)
+            return _apply_plain(q, k, v, call)
 
         return train
 
@@ -130,7 +130,7 @@ def _plain_backward(ctx: Any, grad: Tensor | None, _: Any = None) -> tuple[Tenso
 
 
 _once: Any = once_differentiable(_plain_backward)
-_apply: Any = super(torch.autograd.Function, PlainAttention).apply
+_apply_plain: Any = super(torch.autograd.Function, PlainAttention).apply
 """`PlainAttention.apply` without its Python part, which is for torch.func: attnrt's operators stand before that."""
 
 
@@ -157,3 +157,6 @@ class Attention(torch.autograd.Function):
         passed = Passed(out, None, stats, seed, ctx.launch)
         grads = ctx.call.backward(q, k, v, Operands(*given), passed, grad)
         return (*(g if n else None for g, n in zip(grads, ctx.needs_input_grad, strict=False)), None, None)
+
+
+_apply: Any = super(torch.autograd.Function, Attention).apply

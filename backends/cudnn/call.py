@@ -29,6 +29,9 @@ from attnrt.backends.cudnn.rows import (
 from attnrt.operands import NO_OPERANDS, Operands
 from attnrt.request import AttentionRequest
 
+_empty_like, _empty_strided = torch.empty_like, torch.empty_strided
+_dense, _float32 = torch.contiguous_format, torch.float32
+
 
 class Passed(NamedTuple):
     """What a forward gives: the call's results, and what its backward needs besides the inputs."""
@@ -55,6 +58,7 @@ class Call:
         self._forwards: dict[Any, Launch] = {}
         self._equal_dims = r.head_dim_qk == r.head_dim_v
         self._stats_size = (r.batch, r.heads_q, r.seqlen_q)
+        self._stats_strides = (r.heads_q * r.seqlen_q, r.seqlen_q, 1)
         self._only: Launch | None = None
         """Of contiguous q, k and v."""
 
@@ -71,10 +75,14 @@ class Call:
                 launch = self._forward_launch(q, k, v, NO_OPERANDS)
             if contiguous:
                 self._only = launch
-        like_q = contiguous and self._equal_dims
-        out = torch.empty_like(q) if like_q else q.new_empty((*q.shape[:-1], self.request.head_dim_v))
+        if self._equal_dims:
+            out = _empty_like(q) if contiguous else _empty_like(q, memory_format=_dense)
+        else:
+            out = q.new_empty((*q.shape[:-1], self.request.head_dim_v))
         if self.stats:
-            stats = q.new_empty(self._stats_size, dtype=torch.float32)
+            # Two thirds of the price of new_empty.
+            where = self.device.torch_device
+            stats = _empty_strided(self._stats_size, self._stats_strides, dtype=_float32, device=where)
             pointers = [q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), stats.data_ptr()]
             self.device.run(launch.plan, pointers)
             return out, stats, launch
@@ -224,9 +232,9 @@ class Call:
             grad = grad if takes(grad) else grad.contiguous()
             back, pointer = self._backward_launch(launch, grad), grad.data_ptr()
         if q.is_contiguous() and k.is_contiguous() and v.is_contiguous():
-            dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+            dq, dk, dv = _empty_like(q), _empty_like(k), _empty_like(v)
         else:
-            dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+            dq, dk, dv = [_empty_like(x, memory_format=_dense) for x in (q, k, v)]
         self.device.run(
             back.plan,
             [

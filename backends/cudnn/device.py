@@ -21,8 +21,11 @@ _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
-def current_stream(index: int) -> int:
-    return int(_raw_stream(index)) if _raw_stream else int(torch.cuda.current_stream(index).cuda_stream)
+def _stream_of(index: int) -> int:
+    return int(torch.cuda.current_stream(index).cuda_stream)
+
+
+current_stream: Callable[[int], int] = _raw_stream or _stream_of
 
 
 def capturing() -> bool:
@@ -54,12 +57,13 @@ class Device:
         self.name, self.sm = properties.name, properties.major * 10 + properties.minor
         self.sm_count = properties.multi_processor_count
         self.torch_device = torch.device("cuda", index)
+        self.several = torch.cuda.device_count() > 1
         self.lock, self.build_lock = Lock(), Lock()
         with torch.cuda.device(index):
             self.handle = create_handle(cudnn, index)
         # Before 1.28 a handle is a number.
         self.raw = int(getattr(self.handle, "backend_handle", self.handle))
-        self._stream: int | None = None
+        self.stream: int | None = None
         self._builder: Any = None
 
     def builder(self) -> Any:
@@ -100,7 +104,7 @@ class Device:
 
     def run(self, plan: Plan, pointers: list[int]) -> None:
         """Run a plan on the current stream, with a workspace from torch's allocator. pointers: in order of uid."""
-        if _current_device() != self.index:
+        if self.several and _current_device() != self.index:
             with torch.cuda.device(self.index):
                 return self.run(plan, pointers)
         if not plan.workspace:
@@ -111,9 +115,9 @@ class Device:
 
     def set_stream(self, stream: int) -> None:
         """Hold the lock. Only a change costs anything."""
-        if stream != self._stream:
+        if stream != self.stream:
             self.cudnn.set_stream(handle=self.handle, stream=stream)
-            self._stream = stream
+            self.stream = stream
 
     def launcher(self, graph: Any, uids: Sequence[int]) -> Callable[[Sequence[int], int, int], None]:
         """`launch(pointers in order of uid, workspace, stream)`, both addresses as numbers.
@@ -132,7 +136,8 @@ class Device:
             def launch(pointers: Sequence[int], workspace: int, stream: int) -> None:
                 given = array("Q", pointers)
                 with lock:
-                    set_stream(stream)
+                    if stream != self.stream:
+                        set_stream(stream)
                     execute(given.buffer_info()[0], count, workspace, raw, index)
 
             return launch

@@ -26,7 +26,7 @@ from typing import Any
 
 from attnrt.backends.base import Reason
 from attnrt.backends.cudnn.answers import refusal
-from attnrt.backends.cudnn.drawing import Unsupported, draw, finish
+from attnrt.backends.cudnn.drawing import Unsupported, draw, finish, plans
 from attnrt.backends.cudnn.graphs import GraphSpec, specs
 from attnrt.errors import ArgumentError, AttnrtError
 from attnrt.request import AttentionRequest
@@ -152,7 +152,7 @@ def ask(request: AttentionRequest, gpu: str | GPU, build: bool = False) -> Answe
     cudnn = library()
     start = time.perf_counter()
     refusals: list[Reason] = []
-    plans: list[str] = []
+    names: list[str] = []
     workspace: list[int] = []
     for spec in specs(request, described.sm):
         try:
@@ -163,13 +163,13 @@ def ask(request: AttentionRequest, gpu: str | GPU, build: bool = False) -> Answe
         except Unsupported as error:
             refusals.append(refusal(cudnn.backend_version_string(), spec, str(error)))
             break
-        plans.append(str(graph.get_plan_name_at_index(0)))
+        names.append(plans(graph, spec)[0])
     return Answer(
         described.name,
         cudnn.backend_version_string(),
         cudnn.__version__,
         tuple(refusals),
-        tuple(plans),
+        tuple(names),
         tuple(workspace),
         time.perf_counter() - start,
     )

@@ -6,17 +6,22 @@ Imports no cuDNN: the frontend's module is an argument, so that a graph can be d
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from attnrt.backends.cudnn.graphs import GraphSpec, Plane, Uid, dense
 from attnrt.backends.cudnn.layouts import Strides
+
+BY_ROWS = ("1", "8")
+"""Engines that read several queries' pages row by row, and none past a sequence's end. The others load whole tiles, and
+a NaN in a slot that nobody uses reached the output (cuDNN 9.19, H200; tools/cudnn_facts.py --only nan_in_pages)."""
 
 
 class Unsupported(RuntimeError):
     """cuDNN does not take a graph. The message is its own."""
 
 
-def draw(cudnn: Any, spec: GraphSpec, **where: Any) -> Any:
+def draw(cudnn: Any, spec: GraphSpec, every_engine: bool = False, **where: Any) -> Any:
     """The graph, checked by the library and ready for its plan to be built. Its fallback engines are asked for
     only where its heuristic has none: asking takes as long as all the rest.
 
@@ -24,23 +29,25 @@ def draw(cudnn: Any, spec: GraphSpec, **where: Any) -> Any:
     for every length but the first (cuDNN 9.19, frontend 1.28, H200; tools/cudnn_facts.py --only
     kernel_cache_across_lengths).
 
-    where: what `cudnn.pygraph` needs to know the GPU: a handle, or sm_version and device_property.
+    Args:
+        every_engine: also those that are known to be wrong for the graph.
+        where: what `cudnn.pygraph` needs to know the GPU: a handle, or sm_version and device_property.
 
     Raises:
         Unsupported: the library refuses the graph.
     """
     refused = (cudnn.cudnnGraphNotSupportedError, RuntimeError, ValueError)
     try:
-        return _planned(cudnn, spec, cudnn.heur_mode.A, where)
+        return _planned(cudnn, spec, cudnn.heur_mode.A, every_engine, where)
     except refused as error:
         first = error
     try:
-        return _planned(cudnn, spec, cudnn.heur_mode.FALLBACK, where)
+        return _planned(cudnn, spec, cudnn.heur_mode.FALLBACK, every_engine, where)
     except refused:
         raise Unsupported(words(first)) from first
 
 
-def _planned(cudnn: Any, spec: GraphSpec, mode: Any, where: dict[str, Any]) -> Any:
+def _planned(cudnn: Any, spec: GraphSpec, mode: Any, every_engine: bool, where: dict[str, Any]) -> Any:
     types = cudnn.data_type
     graph = cudnn.pygraph(
         name="attnrt",
@@ -53,8 +60,33 @@ def _planned(cudnn: Any, spec: GraphSpec, mode: Any, where: dict[str, Any]) -> A
     graph.validate()
     graph.build_operation_graph()
     graph.create_execution_plans([mode])
+    if _several_paged(spec) and not every_engine:
+        _bar_others(graph, spec)
     graph.check_support()
     return graph
+
+
+def plans(graph: Any, spec: GraphSpec) -> list[str]:
+    """The names of those plans that the library proposes that may run, the one that will first: eng2_k24=7, say."""
+    names = [graph.get_plan_name_at_index(i) for i in range(graph.get_execution_plan_count())]
+    return [name for name in names if not _several_paged(spec) or _engine(name) in BY_ROWS]
+
+
+def _several_paged(spec: GraphSpec) -> bool:
+    return spec.pages is not None and spec.shape.seqlen_q > 1
+
+
+def _engine(plan: str) -> str:
+    found = re.match(r"eng(\d+)", plan)
+    return found[1] if found else ""
+
+
+def _bar_others(graph: Any, spec: GraphSpec) -> None:
+    allowed = plans(graph, spec)
+    names = [graph.get_plan_name_at_index(i) for i in range(graph.get_execution_plan_count())]
+    if not allowed:
+        raise RuntimeError(f"of its engines ({', '.join(names)}) none is known to read pages row by row")
+    graph.deselect_engines([name for name in names if name not in allowed])
 
 
 def finish(cudnn: Any, graph: Any) -> None:

@@ -36,7 +36,8 @@ def workspace(r: AttentionRequest, e: Environment) -> int:
         total += tokens * heads * r.head_dim_qk * 4 * (2 if ampere_class(e) else 1)
     if r.heads_q != r.heads_kv and not shape.heads_apart:
         tokens_kv = shape.most_tokens_kv or shape.batch * _whole(shape.seqlen_kv)
-        total += tokens_kv * r.heads_q * (r.head_dim_qk + r.head_dim_v) * (4 if direct else r.itemsize)
+        wide = direct or shape.most_tokens_kv is not None
+        total += tokens_kv * r.heads_q * (r.head_dim_qk + r.head_dim_v) * (4 if wide else r.itemsize)
     return total
 
 

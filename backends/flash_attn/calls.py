@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from attnrt.backends.flash_attn.common import cut
+from attnrt.environment import Environment
 from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
 
 if TYPE_CHECKING:
+    from attnrt.backends.base import Run
     from attnrt.backends.flash_attn.tails import Tails
 
 SWAP = {"bhsd": (1, 2), "sbhd": (0, 1)}
@@ -42,9 +45,9 @@ class Call:
         """The tensors of one call. Lengths are read with stride 1."""
         found = {}
         for name, at in self._places:
-            tensor = operands[at]
-            assert tensor is not None
-            found[name] = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+            tensor: Tensor = operands[at]  # type: ignore[assignment]  # the request says that it is there
+            dense = tensor.is_contiguous() or tensor.stride(-1) == 1
+            found[name] = tensor if dense else tensor.contiguous()
         return found
 
     @cached_property
@@ -67,16 +70,50 @@ def as_passed(r: AttentionRequest) -> AttentionRequest:
     return replace(r, seqlen_kv=r.seqlen_q, tokens_kv=r.batch * r.seqlen_q, alignment=None)
 
 
-def views(r: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """q, k and v in (B, S, H, D), the keys without those that the mask hides from all queries."""
-    q, k, v = swapped(r.layout, q, k, v)
-    return (q, k[:, : r.seqlen_q], v[:, : r.seqlen_q]) if cut(r) else (q, k, v)
+def bound(function: Callable[..., Any], how: Call, more: dict[str, Tensor]) -> Run:
+    """The package's function with its arguments in place and those of `more`: (q, k, v, operands) gives what it gives.
+    Every line here costs each call."""
+    fixed, given, (q_name, k_name, v_name) = partial(function, **how.fixed, **more), how.given, how.inputs
+    if how.inputs != ("q", "k", "v"):
+        return lambda q, k, v, operands: fixed(**{q_name: q, k_name: k, v_name: v}, **given(operands))
+    if how.tensors:
+        return lambda q, k, v, operands: fixed(q=q, k=k, v=v, **given(operands))
+    return lambda q, k, v, operands: fixed(q=q, k=k, v=v)
 
 
-def swapped(layout: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Views in (B, S, H, D), or back; packed ones as they are."""
-    dims = SWAP.get(layout)
-    return tensors if dims is None else tuple(t.transpose(*dims) for t in tensors)
+def with_extra(
+    r: AttentionRequest,
+    e: Environment,
+    function: Callable[..., Any],
+    how: Call,
+    extra: Callable[[AttentionRequest, Environment], dict[str, Tensor]],
+) -> Run:
+    """`bound` with tensors that the call needs besides the user's. Made once, but anew while a CUDA graph is captured:
+    what is made then belongs to that graph."""
+    if not r.capturing:
+        return bound(function, how, extra(r, e))
+    return lambda q, k, v, operands: bound(function, how, extra(r, e))(q, k, v, operands)
+
+
+def in_layout(r: AttentionRequest, run: Run) -> Run:
+    """`run` for (B, S, H, D), or packed tensors, as the call in the request's layout. The keys that its mask hides from
+    all queries are left away."""
+    dims, keys, needs_lse = SWAP.get(r.layout), r.seqlen_q if cut(r) else None, r.needs_lse
+    if dims is None and keys is None:
+        return run
+    a, b = dims or (0, 0)
+
+    def placed(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
+        if dims is not None:
+            q, k, v = q.transpose(a, b), k.transpose(a, b), v.transpose(a, b)
+        if keys is not None:
+            k, v = k[:, :keys], v[:, :keys]
+        found = run(q, k, v, operands)
+        if dims is None:
+            return found
+        return (found[0].transpose(a, b), found[1]) if needs_lse else found.transpose(a, b)
+
+    return placed
 
 
 def dead_rows(lse: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attnrt.backends.flash_attn.calls import Call, as_passed, dead_rows, stray_tokens, swapped, views, window
+from attnrt.backends.flash_attn.calls import Call, as_passed, bound, dead_rows, in_layout, stray_tokens, window
 from attnrt.backends.flash_attn.common import reads_lse
 from attnrt.backends.flash_attn.discovery import KVCACHE, Library
 from attnrt.backends.flash_attn.sinks import with_sinks
@@ -17,6 +17,7 @@ from attnrt.request import AttentionRequest
 
 if TYPE_CHECKING:
     from attnrt.backends.base import Run
+    from attnrt.backends.flash_attn.tails import Tails
 
 
 def call(r: AttentionRequest, e: Environment) -> Call:
@@ -52,25 +53,35 @@ def prepare(r: AttentionRequest, e: Environment, library: Library) -> Run:
     """The call for every tensor set that matches the request."""
     asked, r = r, as_passed(r)
     how = call(r, e)
-    function, fixed, (q_name, k_name, v_name) = library.functions[how.function], how.fixed, how.inputs
-    tails = stray_tokens(r)
+    package, tails = bound(library.functions[how.function], how, extra(r, e)), stray_tokens(r)
+    if reads_lse(r):
+        return in_layout(asked, _with_lse(r, package, tails))
+    if tails is None:
+        return in_layout(asked, package)
 
-    def package(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> tuple[Tensor, Tensor | None]:
-        found = function(**{q_name: q, k_name: k, v_name: v}, **fixed, **how.given(operands))
-        out, lse = found[:2] if reads_lse(r) else (found, None)
+    def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
+        out = package(q, k, v, operands)
+        tails(out, None, operands)
+        return out
+
+    return run
+
+
+def _with_lse(r: AttentionRequest, package: Run, tails: Tails | None) -> Run:
+    """The call where the log-sum-exp is wanted, or the sinks are applied by it."""
+
+    def pair(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> tuple[Tensor, Tensor]:
+        out, lse = package(q, k, v, operands)[:2]
         if tails is not None:
             tails(out, lse, operands)
         return out, lse
 
     def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
-        q, k, v = views(asked, q, k, v)
-        lse: Tensor | None
         if r.sinks:
-            out, lse = with_sinks(package, lambda raw: _lse(r, raw, operands), q, k, v, operands)
+            out, lse = with_sinks(pair, lambda raw: _lse(r, raw, operands), q, k, v, operands)
         else:
-            out, raw = package(q, k, v, operands)
-            lse = None if raw is None else _lse(r, raw.detach(), operands)
-        (out,) = swapped(r.layout, out)
+            out, raw = pair(q, k, v, operands)
+            lse = _lse(r, raw.detach(), operands)
         return (out, lse) if r.needs_lse else out
 
     return run

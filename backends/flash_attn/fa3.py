@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnrt.backends.base import Reason
-from attnrt.backends.flash_attn.calls import Call, as_passed, stray_tokens, swapped, views, window
+from attnrt.backends.flash_attn.calls import Call, as_passed, in_layout, stray_tokens, window, with_extra
 from attnrt.backends.flash_attn.common import reads_lse
 from attnrt.backends.flash_attn.discovery import KVCACHE, Library
 from attnrt.backends.flash_attn.sinks import with_sinks
@@ -77,33 +77,25 @@ def prepare(r: AttentionRequest, e: Environment, library: Library) -> Run:
     """The call for every tensor set that matches the request."""
     asked, r = r, as_passed(r)
     how = optional(call(r, e), library)
-    function, fixed, (q_name, k_name, v_name) = library.functions[how.function], how.fixed, how.inputs
-    # A tensor made while a graph is captured belongs to that graph.
-    kept = {} if r.capturing else extra(r, e)
-    tails = stray_tokens(r)
+    package = with_extra(r, e, library.functions[how.function], how, extra)
+    tails, needs_lse = stray_tokens(r), r.needs_lse
 
-    def package(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> tuple[Tensor, Tensor | None]:
-        given = how.given(operands) | (extra(r, e) if r.capturing else kept)
-        found = function(**{q_name: q, k_name: k, v_name: v}, **fixed, **given)
+    def pair(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> tuple[Tensor, Any]:
+        found = package(q, k, v, operands)
         out, lse = found[:2] if isinstance(found, tuple) else (found, None)
         if tails is not None:
             tails(out, lse, operands)
         return out, lse
 
     def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
-        q, k, v = views(asked, q, k, v)
-        lse: Tensor | None
-        if r.sinks:
-            out, lse = with_sinks(package, torch.clone, q, k, v, operands)
-        else:
-            out, lse = package(q, k, v, operands)
-        (out,) = swapped(r.layout, out)
-        if not r.needs_lse:
-            return out
-        assert lse is not None
-        return out, lse.detach()
+        out, lse = pair(q, k, v, operands)
+        return (out, lse.detach()) if needs_lse else out
 
-    return run
+    def run_with_sinks(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
+        out, lse = with_sinks(pair, torch.clone, q, k, v, operands)
+        return (out, lse.detach()) if needs_lse else out
+
+    return in_layout(asked, run_with_sinks if r.sinks else run)
 
 
 def left_out(r: AttentionRequest, library: Library) -> tuple[Reason, ...]:

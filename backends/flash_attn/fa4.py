@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnrt.backends.base import between
-from attnrt.backends.flash_attn.calls import Call, as_passed, stray_tokens, swapped, views, window
+from attnrt.backends.flash_attn.calls import Call, as_passed, in_layout, stray_tokens, window, with_extra
 from attnrt.backends.flash_attn.discovery import Library
 from attnrt.backends.flash_attn.sinks import per_row, share
 from attnrt.environment import Environment
@@ -70,56 +68,47 @@ def call(r: AttentionRequest, e: Environment) -> Call:
 def prepare(r: AttentionRequest, e: Environment, library: Library) -> Run:
     """The call for every tensor set that matches the request."""
     asked, r = r, as_passed(r)
-    attention, first, timed = attend(r, e, library), True, not r.needs_grad
-    tails = stray_tokens(r)
+    attention, tails = attend(r, e, library), stray_tokens(r)
+    sunk, needs_lse, awaited = sinks_by_lse(r), r.needs_lse, {"call", "backward"} if r.needs_grad else {"call"}
 
     def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
-        nonlocal first, timed
-        start = perf_counter() if first else 0.0
-        q, k, v = views(asked, q, k, v)
-        with _on(q):
+        if awaited:
+            out, lse = _timed(asked, awaited, attention, q, k, v, operands)
+        else:
             out, lse = attention(q, k, v, operands)
-            if not timed and out.grad_fn is not None:
-                timed = True
-                _time_backward(asked, out.grad_fn)
-            if tails is not None:
-                tails(out, lse, operands)
-            if sinks_by_lse(r):
-                out = _with_sinks(out, lse, operands)
-        if first:
-            first = False
-            _remember(asked, "call", perf_counter() - start)
-        (out,) = swapped(r.layout, out)
-        return (out, lse.detach()) if r.needs_lse else out
+        if tails is not None:
+            tails(out, lse, operands)
+        if sunk:
+            out = _with_sinks(out, lse, operands)
+        return (out, lse.detach()) if needs_lse else out
 
-    return run
+    return in_layout(asked, run if torch.cuda.device_count() < 2 else _on_device(run))
 
 
-def attend(r: AttentionRequest, e: Environment, library: Library) -> Callable[..., tuple[Tensor, Tensor]]:
+def attend(r: AttentionRequest, e: Environment, library: Library) -> Run:
     """The package's function with its arguments in place: (q, k, v, operands) in (B, S, H, D) gives (out, LSE)."""
     how = call(r, e)
-    function, fixed = library.functions[how.function], how.fixed
-    # A tensor made while a graph is captured belongs to that graph.
-    kept = {} if r.capturing else extra(r, e)
+    function = library.functions[how.function]
+    if "learnable_sink" not in how.tensors:
+        return with_extra(r, e, function, how, extra)
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> tuple[Tensor, Tensor]:
-        given = how.given(operands) if how.tensors else {}
-        if "learnable_sink" in given:
-            given["learnable_sink"] = _sinks(given["learnable_sink"])
-        given |= extra(r, e) if r.capturing else kept
-        return function(q=q, k=k, v=v, **fixed, **given)  # type: ignore[no-any-return]
+    def readable(learnable_sink: Tensor, **rest: Any) -> Any:
+        sinks = learnable_sink if learnable_sink.dtype in SINK_DTYPES else learnable_sink.float()
+        return function(learnable_sink=sinks, **rest)
 
-    return attention
+    return with_extra(r, e, readable, how, extra)
 
 
-def _on(x: Tensor) -> AbstractContextManager[Any]:
-    """It launches on the current device, so that must be the tensor's."""
-    other = x.is_cuda and x.device.index != torch.cuda.current_device()
-    return torch.cuda.device(x.device) if other else nullcontext()
+def _on_device(run: Run) -> Run:
+    """It launches on the current device, so that must be the tensors'."""
 
+    def there(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
+        if not q.is_cuda or q.get_device() == torch.cuda.current_device():
+            return run(q, k, v, operands)
+        with torch.cuda.device(q.device):
+            return run(q, k, v, operands)
 
-def _sinks(sinks: Tensor) -> Tensor:
-    return sinks if sinks.dtype in SINK_DTYPES else sinks.float()
+    return there
 
 
 def _with_sinks(out: Tensor, lse: Tensor, operands: Operands) -> Tensor:
@@ -134,6 +123,21 @@ def extra(r: AttentionRequest, e: Environment) -> dict[str, Tensor]:
         return {}
     device = torch.device(e.device_type, e.device_index or 0)
     return {"page_table": torch.arange(r.batch, dtype=torch.int32, device=device).view(-1, 1)}
+
+
+def _timed(
+    r: AttentionRequest, awaited: set[str], attention: Run, q: Tensor, k: Tensor, v: Tensor, operands: Operands
+) -> tuple[Tensor, Any]:
+    """The call, with what it is the first of noted and taken off `awaited`."""
+    start = perf_counter()
+    out, lse = attention(q, k, v, operands)
+    if "call" in awaited:
+        awaited.discard("call")
+        _remember(r, "call", perf_counter() - start)
+    if "backward" in awaited and out.grad_fn is not None:
+        awaited.discard("backward")
+        _time_backward(r, out.grad_fn)
+    return out, lse
 
 
 def _time_backward(r: AttentionRequest, node: Any) -> None:

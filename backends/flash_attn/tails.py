@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch import Tensor
 from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
 
+if TYPE_CHECKING:
+    from attnrt.backends.triton.replay import Body, Recording
 try:
     import triton
     import triton.language as tl
@@ -23,55 +25,68 @@ try:
     from attnrt.backends.triton.replay import Recording, on
 except ImportError:  # CUDA builds of torch bring it; without, whole tensors are masked
     triton = None
+    _clear = None
 
 PROGRAMS = 32
-Part = tuple[Tensor | None, Tensor]
-"""(T, H, D), and the cu_seqlens that say where its sequences end. None is skipped."""
 
 
 class Tails:
     """What a package's function leaves unset for a packed batch: zeros in `out`, as it came from its own autograd
-    function, -inf in the LSE, and later zeros in the gradients. One for each plan, whose launches it notes."""
+    function, -inf in the LSE, and later zeros in the gradients. One for each plan, whose launches it notes.
+
+    Autograd does not see the writes: no sequence has these rows, so no gradient depends on them."""
 
     def __init__(self, r: AttentionRequest) -> None:
         self.trained = r.needs_grad
-        self.launches = None if triton is None else (Recording(), Recording())
+        self.several = torch.cuda.device_count() > 1
+        self.forwards: Recording | None = None if triton is None else Recording()
+        self.backwards: Recording | None = None if triton is None else Recording()
 
     def __call__(self, out: Tensor, lse: Tensor | None, operands: Operands) -> None:
+        """out: (T, H, D). lse: (H, T). Rows from cu_seqlens[-1] on are set."""
         cu_q, cu_kv = operands.cu_seqlens_q, operands.cu_seqlens_kv
         assert cu_q is not None and cu_kv is not None
-        self._clear(0, ((out, cu_q),), lse)
+        self._run(self.forwards, _forward, (cu_q, out, lse))
         if self.trained and (node := out.grad_fn) is not None:
             # Before anything else sees them. The first three tensors that these functions take are q, k and v.
-            node.register_hook(
-                lambda grads, _: self._clear(1, ((grads[0], cu_q), (grads[1], cu_kv), (grads[2], cu_kv)))
-            )
+            node.register_hook(lambda grads, _: self._run(self.backwards, _backward, (cu_q, cu_kv, *grads[:3])))
 
-    def _clear(self, half: int, parts: Sequence[Part], lse: Tensor | None = None) -> None:
-        """Set rows from cu_seqlens[-1] on to 0 in each of up to three tensors, and to -inf in `lse`, (H, T), which goes
-        by the first. Autograd does not see the writes: no sequence has these rows, so no gradient depends on them."""
-        offsets = parts[0][1]
-        if self.launches is None or not offsets.is_cuda:
-            _mask(parts, lse)
-            return
-        tensors = [lse, *(t for part in parts for t in part)]
-        with on(offsets):
-            self.launches[half]((offsets, *tensors), _body)
+    def _run(self, launches: Recording | None, body: Body, tensors: Sequence[Tensor | None]) -> None:
+        offsets: Tensor = tensors[0]  # type: ignore[assignment]  # never None
+        if launches is None or not offsets.is_cuda:
+            body(_mask, tensors)
+        elif self.several:
+            with on(offsets):
+                launches(tensors, body)
+        else:
+            launches(tensors, body)
 
 
-def _body(launch: Any, tensors: Sequence[Tensor | None]) -> None:
-    _, lse, *parts = tensors
-    parts += [None, parts[1]] * (3 - len(parts) // 2)
+def _forward(launch: Any, tensors: Sequence[Tensor | None]) -> None:
+    cu_q, out, lse = tensors
+    _all(launch, ((out, cu_q), (None, cu_q), (None, cu_q)), lse)
+
+
+def _backward(launch: Any, tensors: Sequence[Tensor | None]) -> None:
+    cu_q, cu_kv, dq, dk, dv = tensors
+    _all(launch, ((dq, cu_q), (dk, cu_kv), (dv, cu_kv)), None)
+
+
+def _all(launch: Any, parts: Sequence[tuple[Tensor | None, Tensor | None]], lse: Tensor | None) -> None:
+    """One launch for up to three tensors (T, H, D), each with the cu_seqlens that say where its sequences end; None is
+    skipped. `lse` goes by the first."""
     arguments: list[Any] = []
-    for x, offsets in zip(parts[::2], parts[1::2], strict=True):
+    for x, offsets in parts:
         assert offsets is not None
         shape = (0, 0, 0, 0, 0) if x is None else (*x.shape, x.stride(0), x.stride(1))
         arguments += [x, offsets, offsets.shape[0] - 1, *shape]
     launch(_clear, (PROGRAMS,), *arguments, lse, PROGRAMS=PROGRAMS, num_warps=4)
 
 
-def _mask(parts: Sequence[Part], lse: Tensor | None) -> None:
-    for number, (x, offsets) in enumerate(parts):
+def _mask(_: Any, __: Any, *arguments: Any, **___: Any) -> None:
+    """The same without Triton, in whole tensors."""
+    *parts, lse = arguments
+    for number, (x, offsets) in enumerate(zip(parts[::8], parts[1::8], strict=True)):
         if x is None:
             continue
         stray = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype) >= offsets[-1]

@@ -129,7 +129,7 @@ def prepare(request: AttentionRequest, environment: Environment, hopper: bool = 
 
     def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Any:
         if request.needs_grad:
-            out, lse = Attention.apply(q, k, v, operands.bias, operands.sinks, operands, plan)  # type: ignore[no-untyped-call]
+            out, lse = _apply(q, k, v, operands.bias, operands.sinks, operands, plan)
         else:
             out, lse, _ = launch_forward(plan, q, k, v, operands)
         return (out, lse) if request.needs_lse else out
@@ -198,6 +198,10 @@ class Attention(torch.autograd.Function):
         saved = Saved(out, lse, seed)
         grads = launch_backward(ctx.plan, q, k, v, Operands(*given), saved, grad, ctx.needs_input_grad[:5])
         return (*grads, None, None)
+
+
+_apply: Any = super(torch.autograd.Function, Attention).apply
+"""`Attention.apply` without its Python part, which is for torch.func: attnrt's operators stand before that."""
 
 
 def launch_forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Saved:

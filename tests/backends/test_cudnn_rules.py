@@ -40,6 +40,7 @@ TRAIN = {"training": True}
 BR = {"alignment": "bottom_right", "seqlen_kv": 2048}
 CAUSAL_BR = {"causal": True, **BR}
 BIAS_GRAD = {"bias": True, "bias_grad": True, "training": True}
+SEVERAL_PAGED = {"padded": True, "page_size": 16, "seqlen_q": 4, "seqlen_kv": 64}
 DET = {"training": True, "deterministic": True}
 HEADS_64 = {"batch": 1, "heads_q": 64, "heads_kv": 8, "seqlen_q": 8192, "causal": True, "training": True}
 
@@ -175,7 +176,10 @@ ONE_BY_ONE: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         {},
         {"dropout_p": 0.0},
     ),
-    ("CUDNN_PAGED_QUERIES", {"padded": True, "page_size": 16, "seqlen_q": 4, "seqlen_kv": 64}, {}, {"seqlen_q": 1}),
+    ("CUDNN_PAGED_QUERIES", SEVERAL_PAGED, {"arch": "sm100"}, {"seqlen_q": 1}),
+    ("CUDNN_PAGED_QUERIES", {**SEVERAL_PAGED, "sinks": True}, {}, {"sinks": False}),
+    ("CUDNN_PAGED_QUERIES", SEVERAL_PAGED, {"arch": "sm80"}, {"arch": "sm90"}),
+    ("CUDNN_PAGED_QUERIES_VERSION", SEVERAL_PAGED, {"cudnn": "9.18"}, {"cudnn": "9.19"}),
     (
         "CUDNN_BIAS_GRAD_DTYPE",
         {**BIAS_GRAD, "_bias": Operand((2, 16, 1024, 1024), "fp32", True)},

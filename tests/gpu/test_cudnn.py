@@ -153,6 +153,31 @@ PAGED: dict[str, Any] = {
         lambda: cache(1, 640, (640, 77, 0, 5), layout="bhsd", window=(100, None), alignment="bottom_right"),
         16,
     ),
+    "several queries": (lambda: cache(4, 640, (640, 77, 0, 6), heads=(8, 2)), 64),
+    "several queries, causal, small pages": (
+        lambda: cache(4, 640, (640, 77, 0, 2), heads=(8, 2), causal=True, alignment="bottom_right"),
+        16,
+    ),
+    "several queries, causal, bhsd, large pages": (
+        lambda: cache(4, 640, (640, 77, 0, 129), layout="bhsd", causal=True, alignment="bottom_right"),
+        128,
+    ),
+    "several queries, bhsd, a window, fp16": (
+        lambda: cache(
+            5, 640, (640, 77, 0, 6), layout="bhsd", window=(100, 0), alignment="bottom_right", heads=(8, 2), dtype=F16
+        ),
+        16,
+    ),
+    "several queries, d 64": (
+        lambda: cache(4, 640, (640, 77, 1, 6), dim=64, heads=(8, 2), causal=True, alignment="bottom_right"),
+        64,
+    ),
+    "several queries, d 256": (lambda: cache(3, 640, (640, 77, 0, 6), dim=256, heads=(4, 1)), 64),
+    "many queries, causal": (
+        lambda: cache(200, 640, (640, 277, 0, 201), heads=(8, 2), causal=True, alignment="bottom_right"),
+        64,
+    ),
+    "many queries": (lambda: cache(200, 640, (640, 277, 0, 201), layout="bhsd"), 16),
 }
 
 

@@ -15,7 +15,7 @@ from attnrt.nn import AttentionConfig, KVCache, ModelConfig, PagedKVCache, SelfA
 
 HIDDEN, GROUPS, DIM, LAYERS = 32, 2, 8, 2
 Cache = KVCache | PagedKVCache
-PAGED = "page_table" in attnrt.attention.__kwdefaults__
+PAGED = "page_table" in attnrt.attention.__annotations__
 
 
 def stack(**fields: Any) -> list[SelfAttention]:

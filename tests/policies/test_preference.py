@@ -78,7 +78,8 @@ def test_every_line_of_the_default_policy_decides_somewhere() -> None:
     sinks = [{"sinks": True, "seqlen_q": n, "seqlen_kv": 4096, "training": n > 1} for n in (1, 512, 4096)]
     narrow = {"head_dim": 64, "seqlen_q": 8192}
     capped = {"softcap": 30.0, "seqlen_q": 2048}
-    shapes = [*SHAPES.values(), {"dropout_p": 0.125}, narrow, {**narrow, "training": True}, capped, *sinks]
+    pages = [{"page_size": 64, "seqlen_q": n, "seqlen_kv": 4096, "alignment": "bottom_right"} for n in (4, 1024)]
+    shapes = [*SHAPES.values(), {"dropout_p": 0.125}, narrow, {**narrow, "training": True}, capped, *sinks, *pages]
     reached = {policy.rank(request(**shape), e).line for e in environments for shape in shapes}
     assert reached == {f"default: {line.name}" for line in policy.lines}
 

@@ -48,6 +48,7 @@ class EmulatedDevice:
 
     def __init__(self, sm: int = 90) -> None:
         self.index, self.sm, self.name = 0, sm, "emulated"
+        self.torch_device = torch.device("cpu")
         self.cudnn = SimpleNamespace(backend_version_string=lambda: "9.19.0", backend_version=lambda: 91900)
         self.drawn: list[GraphSpec] = []
         self.launched = 0

@@ -169,6 +169,42 @@ def test_what_the_rules_accept_gets_a_plan(gpu: str, part: int) -> None:
             assert said.workspace[1] <= 1.02 * estimate + (1 << 20), (r.describe(), said.workspace, estimate)
 
 
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("mask", [{}, {"causal": True}, {"window": (100, 0)}], ids=["full", "causal", "window"])
+@pytest.mark.parametrize("seqlen_q", [2, 200])
+def test_several_queries_against_pages_run_an_engine_that_reads_rows(
+    seqlen_q: int, mask: dict[str, Any], dim: int, layout: str
+) -> None:
+    """What is built, and so kept on disk, and not only what is said to come first."""
+    from attnrt.backends.cudnn.deviceless import ask, described_graph, gpu_named, library
+    from attnrt.backends.cudnn.drawing import BY_ROWS, finish
+    from attnrt.backends.cudnn.graphs import specs
+
+    options: dict[str, Any] = mask | ({"alignment": "bottom_right"} if mask else {})
+    sizes = {"batch": 2, "heads_q": 8, "heads_kv": 2, "seqlen_q": seqlen_q, "seqlen_kv": 640, "head_dim": dim}
+    r = AttentionRequest.from_shape(**sizes, page_size=64, dtype="bf16", layout=layout, **options)
+    assert not reasons(BACKEND.all_rules, r, Environment.named("h200"))
+    graph = described_graph(specs(r, 90)[0], gpu_named("h200"))
+    assert ask(r, "h200").plans[0].partition("_")[0] in [f"eng{n}" for n in BY_ROWS]
+    finish(library(), graph)
+    assert any(f'"engineId":{n},'.encode() in bytes(graph.serialize()) for n in BY_ROWS)
+
+
+@pytest.mark.parametrize("gpu", ["h200", "b200"])
+@pytest.mark.parametrize("heads_kv", [4, 32])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_workspace_of_a_large_packed_batch(gpu: str, heads_kv: int, deterministic: bool) -> None:
+    """Whose tokens the plan is told, so that dk and dv of each query head add up in float32."""
+    from attnrt.backends.cudnn.deviceless import ask
+
+    sizes = {"batch": 17, "heads_q": 32, "heads_kv": heads_kv, "seqlen_q": 2048, "seqlen_kv": 2048, "head_dim": 128}
+    options: dict[str, Any] = {"packed": True, "causal": True, "training": True, "deterministic": deterministic}
+    r = AttentionRequest.from_shape(**sizes, **options)
+    asked, estimate = ask(r, gpu, build=True).workspace[1], workspace(r, Environment.named(gpu))
+    assert 0.98 * estimate <= asked <= 1.02 * estimate
+
+
 def test_the_sample_has_every_kind() -> None:
     for gpu in GPUS:
         single = {t[0] for r in sample(gpu) for t in traits(r) if len(t) == 1}

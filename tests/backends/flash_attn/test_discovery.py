@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from installing import DENSE, NEW, OLD, OTHERS, VERSION, Install, elf, module
 
+from attnrt.advisories import matching
 from attnrt.backends.base import Reason, reasons
 from attnrt.backends.flash_attn import FlashAttention, FlashAttention2, FlashAttention3, FlashAttention4, discovery
 from attnrt.backends.flash_attn.fatbin import Target, targets
@@ -205,6 +206,24 @@ def test_an_old_copy_in_the_place_of_flash_attn_4(install: Install) -> None:
     found = said(4)
     assert found.rule == "FA4_SHADOWED"
     assert "is not the file that flash-attn-4 installed" in found.message
+
+
+@pytest.mark.parametrize("stale", [True, False], ids=["over it", "before it, or left out"])
+def test_flash_attn_2_beside_it_matters_where_it_has_overwritten_it_alone(install: Install, stale: bool) -> None:
+    """Of a machine that is described it cannot be known, so there it is a warning."""
+    folder = install(4, VERSION[4], {module(4): DENSE + OTHERS, "flash_attn/cute/interface.py": "# the right one"})
+    install(2, VERSION[2], {"flash_attn/__init__.py": ""})
+    if stale:
+        (folder / "flash_attn/cute/interface.py").write_text("# an old copy, of another size")
+    versions = {GENERATIONS[n].package: VERSION[n] for n in (2, 4)}
+    described = Environment.simulate("sm90", packages=versions)
+    this = replace(described, simulated=False)
+
+    def warned(environment: Environment) -> list[str]:
+        return [a.id for a in matching("flash_attn_4", "flash_attn_4", REQUEST, environment)]
+
+    assert "FA4_SHADOWED_BY_FA2" in warned(described) and "FA4_SHADOWED_BY_FA2" not in warned(this)
+    assert [r.rule for r in GENERATIONS[4].answer(REQUEST, this)] == ["FA4_SHADOWED"] * stale
 
 
 def test_the_copy_inside_flash_attn_2_is_not_flash_attn_4(install: Install) -> None:
