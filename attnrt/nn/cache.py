@@ -55,15 +55,23 @@ class CacheStep:
         """Store (B, S, groups, D) keys and values of the new tokens; gives what to attend to, in layout "bshd".
 
         Raises:
-            ArgumentError: another shape, a gradient is wanted, which a cache does not keep, or the step is over.
+            ArgumentError: another shape, no such layer, a gradient is wanted, which a cache does not keep, or the step
+                is over. ArgumentTypeError: another dtype than the cache's, without autocast.
         """
         if self._turn.over:
             raise ArgumentError("step", self, "is over: the cache went on without it; take what extend() gave last")
+        layers = len(self.cache.k)
+        if not 0 <= layer < layers:
+            raise ArgumentError("layer", layer, f"the cache was made for {layers} layers, from 0")
         batch, tokens = self.positions.shape
         for name, tensor, pool in (("k", k, self.cache.k), ("v", v, self.cache.v)):
             want = (batch, tokens, *pool.shape[-2:])
             if tuple(tensor.shape) != want:
                 raise ArgumentError(name, tensor, f"must have shape (B, S, groups, head dim) = {want}")
+            if tensor.dtype != pool.dtype and not torch.is_autocast_enabled(tensor.device.type):
+                raise ArgumentTypeError(
+                    name, tensor, f"the cache holds {pool.dtype}; make it with dtype={tensor.dtype}"
+                )
             if tensor.requires_grad and torch.is_grad_enabled():
                 raise ArgumentError(name, tensor, "wants a gradient, and a KV cache keeps none; use torch.no_grad()")
         return self.cache._write(layer, k, v, self._where)

@@ -234,11 +234,30 @@ def test_bad_calls() -> None:
         cache.extend(0)
     with pytest.raises(ArgumentError, match=r"\(2, 3, 2, 8\)"):
         cache.extend(3).write(0, torch.zeros(2, 2, 2, 8), torch.zeros(2, 2, 2, 8))
+    with pytest.raises(ArgumentError, match=r"layer=2.*2 layers"):
+        cache.extend(1).write(2, torch.zeros(2, 1, 2, 8), torch.zeros(2, 1, 2, 8))
+    with pytest.raises(ArgumentTypeError, match=r"is torch.float64; make it with dtype=torch.bfloat16"):
+        cache.extend(1).write(0, *[torch.zeros(2, 1, 2, 8, dtype=torch.bfloat16)] * 2)
     with pytest.raises(ArgumentError, match="groups"):
         KVCache(1, 1, 8, 0, 8)
     layer = stack()[0]
     with pytest.raises(ArgumentError, match="keeps the lengths"), torch.no_grad():
         layer(torch.zeros(2, 1, HIDDEN).double(), step=cache.extend(1), seqlens=torch.ones(2, dtype=torch.int32))
+    for shape in ((2, 3, HIDDEN), (1, 2, HIDDEN)):
+        with pytest.raises(ArgumentError, match=r"step=<Tensor \(2, 2\)"), torch.no_grad():
+            layer(torch.zeros(shape).double(), step=cache.extend(2))
+
+
+@torch.no_grad()
+def test_a_cache_of_another_dtype_under_autocast() -> None:
+    layers = [layer.float() for layer in stack()]
+    x = torch.randn(2, 9, HIDDEN)
+    want = forward(layers, x)
+    for dtype in (torch.float32, torch.bfloat16):
+        cache = KVCache(LAYERS, 2, 24, GROUPS, DIM, dtype=dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = [forward(layers, part, cache.extend(part.shape[1])) for part in x.split((6, 1, 1, 1), 1)]
+        torch.testing.assert_close(torch.cat(found, 1), want, rtol=5e-2, atol=5e-2)
 
 
 @pytest.mark.parametrize("make", [sliced, whole, paged])
