@@ -236,7 +236,7 @@ def test_bad_calls() -> None:
         cache.extend(3).write(0, torch.zeros(2, 2, 2, 8), torch.zeros(2, 2, 2, 8))
     with pytest.raises(ArgumentError, match=r"layer=2.*2 layers"):
         cache.extend(1).write(2, torch.zeros(2, 1, 2, 8), torch.zeros(2, 1, 2, 8))
-    with pytest.raises(ArgumentTypeError, match=r"is torch.float64; make it with dtype=torch.bfloat16"):
+    with pytest.raises(ArgumentTypeError, match=r"holds torch.float64; make it with dtype=torch.bfloat16"):
         cache.extend(1).write(0, *[torch.zeros(2, 1, 2, 8, dtype=torch.bfloat16)] * 2)
     with pytest.raises(ArgumentError, match="groups"):
         KVCache(1, 1, 8, 0, 8)
