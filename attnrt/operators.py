@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 
 from attnrt import execution
-from attnrt.errors import ArgumentError, GradientError
+from attnrt.errors import ArgumentError, GradientError, TransformError
 from attnrt.execution import Options
 from attnrt.operands import NO_OPERANDS, Operands, check_tensor
 from attnrt.recompute import SLOTS
@@ -169,6 +169,10 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise GradientError("attention has no second derivative: no kernel computes it; leave create_graph=True out")
 
 
+def _no_forward_mode(ctx: Any, *tangents: Any) -> None:
+    raise GradientError("attention has no forward-mode derivative: no kernel computes it; use torch.func.vjp")
+
+
 def _refuse_vmap(info: Any, in_dims: Any, *arguments: Any) -> None:
     q = next(a for a in arguments if isinstance(a, Tensor))
     raise vmap_refused(q)
@@ -183,6 +187,7 @@ class Transformed(torch.autograd.Function):
 
     setup_context = staticmethod(_save)
     backward = staticmethod(_differentiate)
+    jvp = staticmethod(_no_forward_mode)
     vmap = staticmethod(_refuse_vmap)
 
 
@@ -224,21 +229,27 @@ def _differentiable(operator: Any, run: Any, save: Any, differentiate: Any) -> A
 
     class Recorded(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Any:
+        def forward(*arguments: Any) -> Any:
             *arguments, keys = arguments  # type: ignore[assignment]
             with torch._C._AutoDispatchBelowAutograd():
-                result = operator.redispatch(keys & _BELOW, *arguments)
-            save(ctx, arguments, result)
-            return result
+                return operator.redispatch(keys & _BELOW, *arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            save(ctx, inputs[:-1], output)
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             return *differentiate(ctx, *grads), None
 
+        vmap = staticmethod(_refuse_vmap)
+
     def kernel(keys: Any, *arguments: Any) -> Any:
         if torch.is_grad_enabled():
             for argument in arguments:
                 if isinstance(argument, Tensor) and argument.requires_grad:
+                    if transform() is not None:
+                        raise TransformError("torch.func's gradients of attention cannot be traced; fullgraph=False")
                     return Recorded.apply(*arguments, keys)  # type: ignore[no-untyped-call]
         if not keys.raw_repr() & _BETWEEN:
             return run(*arguments)
