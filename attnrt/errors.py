@@ -78,6 +78,10 @@ class GradientError(AttnrtError, RuntimeError):
     """A gradient was asked for that no kernel computes, or that the forward was told not to prepare for."""
 
 
+class TransformError(GradientError, NotImplementedError):
+    """torch.compile traces a transform of torch.func around attention. Without fullgraph it then leaves it to eager."""
+
+
 class VerificationFailed(AttnrtError, RuntimeError):
     """`ATTNRT_VERIFY=1` found a result that differs from the reference's. `report` holds the choice, `script` the path
     of a script that shows it again (None if it could not be written)."""

@@ -18,7 +18,15 @@ from attnrt.halves import AMBIGUOUS, QKV, Halves
 from attnrt.operands import NO_OPERANDS, Operands, signature, tf32_allowed
 from attnrt.pins import LATE, Pin
 from attnrt.runtime import Plan
-from attnrt.settings import current_context
+from attnrt.settings import (
+    ENCODED,
+    NO_CONTEXT,
+    current_context,
+    environ_keys,
+    environ_values,
+    inherited_context,
+    own_context,
+)
 from attnrt.sharded import CONTEXT_PARALLEL, refuse_inside_context_parallel
 
 if TYPE_CHECKING:
@@ -34,6 +42,10 @@ BAR = " | "
 policies: dict[str, Policy] = {}
 """Policies that were handed to a traced call as objects, by the name they have in its graph."""
 _modules = sys.modules
+_seen = runtime.seen
+_isdisjoint = environ_keys.isdisjoint
+_OURS = frozenset(ENCODED)
+_graph_task = torch._C._current_graph_task_id
 _deterministic_enabled = torch.are_deterministic_algorithms_enabled
 
 
@@ -102,9 +114,50 @@ def forward(q: Tensor, k: Tensor, v: Tensor, operands: Operands, options: Option
     return _token_major(out, options.layout), lse.contiguous(), state
 
 
-def inference(q: Tensor, k: Tensor, v: Tensor, operands: Operands, options: Options) -> Tensor:
-    """The output alone, for options that ask for no more."""
-    return _token_major(_attend(q, k, v, operands, options, False), options.layout)
+def inference(q: Tensor, k: Tensor, v: Tensor, operands: Operands, call: str, choice: str) -> Tensor:
+    """The output alone, for options that ask for no more: `call` is what `in_words` said.
+
+    `_attend`, written out: amid a model's other work each line is out of the processor's caches, and costs ten times
+    what it does in a loop.
+    """
+    if CONTEXT_PARALLEL in _modules:
+        refuse_inside_context_parallel()
+    parts = None
+    if operands is not NO_OPERANDS:
+        options = settled(call, choice)
+        parts = signature(operands, options.layout, q, k, (options.max_seqlen_q, options.max_seqlen_kv))
+    context = own_context()
+    if context is NO_CONTEXT and _graph_task() != -1:
+        context = inherited_context()
+    key = (
+        call,
+        choice,
+        q.shape,
+        k.shape,
+        v.shape,
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        q.dtype,
+        k.dtype,
+        v.dtype,
+        parts,
+        q.is_cpu or device_facts(q, k, v),
+        _deterministic_enabled(),
+        context,
+    )
+    current = _isdisjoint(_OURS) if _seen.quiet else environ_values() == _seen.values
+    made = runtime.plans.get(key) if current else None
+    if made is None or made.watched:
+        options = settled(call, choice)
+        out = _first(key, made, {}, q, k, v, operands, options, False)
+        return _token_major(out, options.layout)
+    last.set(made.decision)
+    try:
+        out = made.run(q, k, v, operands)
+    except Exception as error:
+        out = _first(key, None, runtime.demote(error, made.decision), q, k, v, operands, settled(call, choice), False)
+    return _token_major(out, made.layout)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, operands: Operands, options: Options, trains: bool) -> Any:
@@ -288,6 +341,9 @@ def _token_major(out: Tensor, layout: str) -> Tensor:
     """The heads of one token side by side, as most kernels leave them; the others cost a copy."""
     if layout != "bhsd":
         return out.contiguous()
+    _, heads, length, dim = out.shape
+    if out.stride() == (length * heads * dim, dim, heads * dim, 1):
+        return out
     tokens = out.transpose(1, 2)
     return out if tokens.is_contiguous() else tokens.contiguous().transpose(1, 2)
 

@@ -85,6 +85,8 @@ def bind(
         ArgumentTypeError: a wrong type or dtype. ArgumentError: a wrong shape, value, device or combination.
     """
     check_flag("return_lse", return_lse)
+    if torch._C._get_tracing_state() is not None:
+        raise ArgumentError("q", q, "attention is inside torch.jit.trace, which has no sizes; use torch.export")
     for name, tensor in {"q": q, "k": k, "v": v}.items():
         check_tensor(name, tensor, layout)
     if grads is None:

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
 
 from attnrt import execution
-from attnrt.errors import ArgumentError, GradientError
+from attnrt.errors import ArgumentError, GradientError, TransformError
 from attnrt.execution import Options
 from attnrt.operands import NO_OPERANDS, Operands, check_tensor
 from attnrt.recompute import SLOTS
@@ -79,9 +80,29 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, 
         return execution.forward(q, k, v, operands, options)
 
 
-def _inference(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
-    *given, call, choice = arguments
-    return execution.inference(q, k, v, _given(*given), execution.settled(call, choice))
+def _inference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seqlens_q: Tensor | None,
+    seqlens_kv: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_kv: Tensor | None,
+    page_table: Tensor | None,
+    call: str,
+    choice: str,
+) -> Tensor:
+    if (
+        mask is bias is alibi_slopes is sinks is None
+        and seqlens_q is seqlens_kv is cu_seqlens_q is cu_seqlens_kv is page_table is None
+    ):
+        return execution.inference(q, k, v, NO_OPERANDS, call, choice)
+    operands = Operands(mask, bias, alibi_slopes, sinks, seqlens_q, seqlens_kv, cu_seqlens_q, cu_seqlens_kv, page_table)
+    return execution.inference(q, k, v, operands, call, choice)
 
 
 def _backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -148,6 +169,10 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise GradientError("attention has no second derivative: no kernel computes it; leave create_graph=True out")
 
 
+def _no_forward_mode(ctx: Any, *tangents: Any) -> None:
+    raise GradientError("attention has no forward-mode derivative: no kernel computes it; use torch.func.vjp")
+
+
 def _refuse_vmap(info: Any, in_dims: Any, *arguments: Any) -> None:
     q = next(a for a in arguments if isinstance(a, Tensor))
     raise vmap_refused(q)
@@ -162,6 +187,7 @@ class Transformed(torch.autograd.Function):
 
     setup_context = staticmethod(_save)
     backward = staticmethod(_differentiate)
+    jvp = staticmethod(_no_forward_mode)
     vmap = staticmethod(_refuse_vmap)
 
 
@@ -184,16 +210,66 @@ def vmap_refused(q: Tensor) -> ArgumentError:
     )
 
 
-for _name in ("attention_forward", "attention_forward_dropout"):
-    _library.impl(_name, _forward, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"attnrt::{_name}", _forward_fake, lib=_library)
-    torch.library.register_autograd(f"attnrt::{_name}", _differentiate, setup_context=_save, lib=_library)
-    torch.library.register_vmap(f"attnrt::{_name}", _refuse_vmap, lib=_library)
-_library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("attnrt::attention_backward", _backward_fake, lib=_library)
-torch.library.register_autograd("attnrt::attention_backward", _no_second_derivative, lib=_library)
-torch.library.register_vmap("attnrt::attention_backward", _refuse_vmap, lib=_library)
-_library.impl("attention_inference", _inference, "CompositeExplicitAutograd")
-torch.library.register_fake("attnrt::attention_inference", _inference_fake, lib=_library)
-torch.library.register_autograd("attnrt::attention_inference", _nothing_kept, lib=_library)
-torch.library.register_vmap("attnrt::attention_inference", _refuse_vmap, lib=_library)
+# ---- autograd
+
+_BELOW = torch._C._after_autograd_keyset
+_KERNELS = DispatchKeySet(DispatchKey.CPU) | DispatchKeySet(DispatchKey.CUDA)
+_KERNELS = _KERNELS | DispatchKeySet(DispatchKey.AutogradCPU) | DispatchKeySet(DispatchKey.AutogradCUDA)
+_BETWEEN = ~_KERNELS.raw_repr() & (1 << 64) - 1
+"""What may stand between autograd and the implementation: fake tensors, DTensors, modes, functionalization."""
+
+
+def _differentiable(operator: Any, run: Any, save: Any, differentiate: Any) -> Any:
+    """What `torch.library.register_autograd` makes, but with nothing recorded, as in a compiled graph or under
+    no_grad, it calls the implementation: dispatching once more costs half of what a small attention does.
+
+    Args:
+        run: the implementation. save, differentiate: as register_autograd's setup_context and backward.
+    """
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            *arguments, keys = arguments  # type: ignore[assignment]
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator.redispatch(keys & _BELOW, *arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            save(ctx, inputs[:-1], output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return *differentiate(ctx, *grads), None
+
+        vmap = staticmethod(_refuse_vmap)
+
+    def kernel(keys: Any, *arguments: Any) -> Any:
+        if torch.is_grad_enabled():
+            for argument in arguments:
+                if isinstance(argument, Tensor) and argument.requires_grad:
+                    if transform() is not None:
+                        raise TransformError("torch.func's gradients of attention cannot be traced; fullgraph=False")
+                    return Recorded.apply(*arguments, keys)  # type: ignore[no-untyped-call]
+        if not keys.raw_repr() & _BETWEEN:
+            return run(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keys & _BELOW, *arguments)
+
+    return kernel
+
+
+def _keep_nothing(ctx: Any, inputs: Any, output: Any) -> None:
+    pass
+
+
+for _operator, _run, _fake, _keep, _grads in (
+    (FORWARD, _forward, _forward_fake, _save, _differentiate),
+    (FORWARD_DROPOUT, _forward, _forward_fake, _save, _differentiate),
+    (BACKWARD, _backward, _backward_fake, _keep_nothing, _no_second_derivative),
+    (INFERENCE, _inference, _inference_fake, _keep_nothing, _nothing_kept),
+):
+    _library.impl(_operator, _run, "CompositeExplicitAutograd")
+    _library.impl(_operator, _differentiable(_operator, _run, _keep, _grads), "Autograd", with_keyset=True)
+    torch.library.register_fake(_operator, _fake, lib=_library)
+    torch.library.register_vmap(_operator, _refuse_vmap, lib=_library)

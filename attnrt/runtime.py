@@ -52,13 +52,14 @@ BIG = 64 << 20
 class Plan:
     """A decision with the call that carries it out. `watched`: something has to happen besides running it.
 
-    `halves`: the same call as a forward and a backward, once an operator has asked for them.
+    `halves`: the same call as a forward and a backward, once an operator has asked for them. `layout`: the request's.
     """
 
-    __slots__ = ("decision", "halves", "kernel", "run", "verify", "watched")
+    __slots__ = ("decision", "halves", "kernel", "layout", "run", "verify", "watched")
 
     def __init__(self, decision: Decision, kernel: Kernel, run: Run, watched: bool, verify: bool) -> None:
         self.decision, self.kernel, self.run, self.watched, self.verify = decision, kernel, run, watched, verify
+        self.layout = decision.request.layout
         self.halves: Any = None
 
 

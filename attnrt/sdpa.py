@@ -49,7 +49,7 @@ def against(q: Any, k: Any, v: Any, mask: Any, dropout_p: Any, is_causal: Any, s
 
 def _heads_against(q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> str | None:
     if q.ndim == 2:
-        return None
+        return "enable_gqa needs a dim of heads" if gqa else None
     heads, heads_k, heads_v = q.shape[-3], k.shape[-3], v.shape[-3]
     if 0 in (heads, heads_k, heads_v):
         return "there is no head"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from attnrt import execution, operators, runtime
 from attnrt.errors import ArgumentError
@@ -175,7 +176,8 @@ def choose(
     named = dict(zip((*names, "max_seqlen_kv"), options, strict=True))
     if named["window"] == (None, None):
         named["window"] = None
-    with FakeTensorMode(), torch.no_grad():
+    # Outside every mode: torch.export without dynamo would find these tensors in its graph.
+    with _disable_current_modes(), FakeTensorMode():
         q, k, v, *given = (_fake(fact) for fact in facts)
     operands = Operands(*given)
     if same[0]:

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import attnrt
+from attnrt import execution, operands, operators
 from attnrt.distributed import (
     context_parallel_attention,
     explain,
@@ -136,6 +137,44 @@ def compiled() -> dict[str, Any]:
     return found
 
 
+def inferred() -> dict[str, Any]:
+    """The same where nothing wants a gradient, on 2 ranks: which operators, how the outputs lie, and their errors."""
+    mesh = init_device_mesh("cpu", (2,))
+    mask = torch.rand(4, 8, 22, 22, generator=torch.Generator().manual_seed(2)) > 0.3
+    mask[..., 0] = True
+    tensors = [t.float() for t in whole()[:3]]
+    ways: dict[str, dict[str, Any]] = {"plain": {}, "mask": {"mask": mask}, "LSE": {"return_lse": True}}
+    found: dict[str, Any] = {}
+    for kind, placements in {"heads": [Shard(1)], "batch": [Shard(0)], "whole": [Replicate()]}.items():
+        for way, options in ways.items():
+            seen: list[str] = []
+
+            def look(module: torch.fx.GraphModule, example: Any, seen: list[str] = seen) -> Any:
+                seen += [str(n.target) for n in module.graph.nodes if str(n.target).startswith("attnrt.")]
+                return torch._dynamo.lookup_backend("aot_eager")(module, example)
+
+            def call(q: Tensor, k: Tensor, v: Tensor, given: Any, options: Any = options) -> Any:
+                return attnrt.attention(q, k, v, causal=True, **options | given)
+
+            torch.compiler.reset()
+            compiled = torch.compile(call, backend=look, fullgraph=True)
+            given = [distribute_tensor(t, mesh, placements) for t in tensors]
+            cut = {"mask": distribute_tensor(mask, mesh, placements)} if way == "mask" else {}
+            with torch.no_grad():
+                got, want = compiled(*given, cut), call(*tensors, {})
+            outputs = zip(got, want, strict=True) if way == "LSE" else [(got, want)]
+            errors = [float((x.full_tensor() - y).abs().max()) for x, y in outputs]
+            out = got[0] if way == "LSE" else got
+            found[f"{way}, {kind}"] = (seen, out.placements == tuple(placements), errors)
+        options = ("bhsd", True, None, None, None, None, 0.0, None, None, None, False, None, None, None, "")
+        arguments = (*operands.NO_OPERANDS, *options, execution.AT_RUN_TIME, [False] * 5)
+        out, lse, _ = operators.FORWARD(*(distribute_tensor(t, mesh, placements) for t in tensors), *arguments)
+        error = float((out.full_tensor() - attnrt.attention(*tensors, causal=True)).abs().max())
+        whole_lse = lse.placements == (Replicate(),) and lse.shape == (0,)  # there is none
+        found[f"bare, {kind}"] = ([str(operators.FORWARD)], out.placements == tuple(placements) and whole_lse, [error])
+    return found
+
+
 def ended(call: Callable[[], Any]) -> tuple[str, str]:
     try:
         call()
@@ -187,7 +226,7 @@ def refused() -> dict[str, Any]:
 
 def pair() -> dict[str, Any]:
     """What 2 ranks do."""
-    return {"refused": refused(), "compiled": compiled()}
+    return {"refused": refused(), "compiled": compiled(), "inferred": inferred()}
 
 
 def helpers() -> dict[str, bool]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -448,6 +450,38 @@ def test_export(strict: bool) -> None:
         torch.testing.assert_close(got, want)
 
 
+class Projected(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(32, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (4, 8)) for t in self.qkv(x).chunk(3, -1))
+        return attnrt.attention(q, k, v, layout="bshd", causal=True)
+
+
+@pytest.mark.parametrize("recording", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_is_kept_and_compiled(strict: bool, recording: bool) -> None:
+    """The choice leaves nothing of its own in the graph. What was exported without gradients refuses to train."""
+    module, x = Projected(), torch.randn(2, 16, 32)
+    with torch.set_grad_enabled(recording):
+        program = torch.export.export(module, (x,), strict=strict)
+    targets = [str(n.target) for n in program.graph.nodes]
+    assert f"attnrt.attention_{'forward' if recording else 'inference'}.default" in targets
+    assert not any("empty" in t or "set_grad" in t for t in targets)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    torch.testing.assert_close(loaded(x), module(x))
+    if recording:
+        loaded(x).sum().backward()
+    else:
+        with pytest.raises(attnrt.GradientError, match="nothing wanted a gradient"):
+            loaded(x).sum().backward()
+
+
 def test_vmap_is_refused() -> None:
     (x,) = tensors((3, 2, 4, 16, 8))
     over = torch.func.vmap(lambda q: attnrt.attention(q, q, q))
@@ -473,6 +507,31 @@ def test_functional_gradients(backend: str) -> None:
     assert not last().request.compiled
     with pytest.raises(attnrt.ArgumentError, match="vmap"):
         torch.func.jacrev(loss)(q.detach(), k.detach(), v.detach())
+    with pytest.raises(attnrt.GradientError, match="forward-mode"):
+        torch.func.jvp(lambda q: loss(q, k.detach(), v.detach()), (q.detach(),), (q.detach(),))
+
+
+def test_functional_gradients_around_which_a_graph_is_traced() -> None:
+    q, k, v = (t.detach() for t in tensors())
+
+    def loss(q: Tensor) -> Tensor:
+        return attnrt.attention(q, k, v, causal=True).square().sum()
+
+    def step(q: Tensor) -> Tensor:
+        return 2 * torch.func.grad(loss)(q)
+
+    want = step(q)
+    torch.testing.assert_close(torch.compile(step, backend="aot_eager")(q), want)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="gradients of attention cannot be traced"):
+        compiled(step)(q)
+
+
+def test_jit_trace_is_refused() -> None:
+    q, k, v = tensors(grad=False)
+    with pytest.raises(attnrt.ArgumentError, match=r"torch\.jit\.trace"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(lambda q, k, v: attnrt.attention(q, k, v), (q, k, v))
 
 
 def test_eager_stays_eager_while_another_thread_compiles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,13 @@ import torch
 from cases import cases
 from hypothesis import HealthCheck, given, settings
 from oracle import Case, assert_agrees, gradients
+from paging import paged
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnrt
-from attnrt import halves, operators, recompute, runtime
+from attnrt import execution, halves, operators, recompute, runtime
 from attnrt.execution import AT_RUN_TIME
 from attnrt.operands import Operands
 
@@ -102,6 +105,54 @@ def test_opcheck_of_dropout() -> None:
     case = Case(*tensors(), "bhsd", options={"dropout_p": 0.5})
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(operators.FORWARD_DROPOUT, arguments(case), test_utils=checks)
+
+
+def lean(case: Case, choice: str = AT_RUN_TIME) -> tuple[Any, ...]:
+    """The arguments of inference for a case without gradients."""
+    given = arguments(case, choice, return_lse=False)
+    options = given[operators.TENSORS : -3]
+    tensors = [t.detach() if isinstance(t, Tensor) else t for t in given[: operators.TENSORS]]
+    return (*tensors, execution.in_words(*options), choice)
+
+
+LEAN: dict[str, Callable[[], Case]] = {
+    "plain": CHECKED["plain"],
+    "bias and sinks": lambda: Case(
+        *tensors(grad=False), "bhsd", Operands(mask=BIAS > 0, bias=BIAS, sinks=torch.randn(4)), options={"scale": 0.3}
+    ),
+    "sbhd, other Dv": CHECKED["sbhd, other Dv"],
+    "bshd, fp64, window": lambda: Case(
+        *tensors(2, 5, 4, 8, dtype=torch.float64), "bshd", options={"window": (2, 1), "causal": True}
+    ),
+    "packed": CHECKED["packed"],
+    "transposed": CHECKED["transposed"],
+    "paged": lambda: paged(
+        Case(
+            *tensors(2, 2, 16, 8, count=3, grad=False),
+            "bhsd",
+            Operands(seqlens_kv=torch.tensor([16, 7], dtype=torch.int32)),
+        ),
+        page_size=4,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEAN)
+def test_opcheck_of_inference(name: str) -> None:
+    case = LEAN[name]()
+    torch.library.opcheck(operators.INFERENCE, lean(case))
+    torch.testing.assert_close(operators.INFERENCE(*lean(case)), operators.FORWARD(*arguments(case))[0].detach())
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(case=cases())
+def test_inference_agrees_with_the_oracle(case: Case) -> None:
+    """Every layout and stride, a mask alone and with everything else."""
+    given = lean(case)
+    q, k, v, *operands = given[: operators.TENSORS]
+    options = {name: value for name, value in case.options.items() if name != "return_lse"}
+    bare = Case(q, k, v, case.layout, Operands(*operands), options=options)
+    assert_agrees(bare, {"out": operators.INFERENCE(*given)})
 
 
 @pytest.mark.parametrize("name", ["plain", "bias and sinks", "transposed", "packed"])
@@ -248,6 +299,49 @@ def test_gradients_only_where_they_were_announced() -> None:
     out = operators.FORWARD(*given)[0]
     with pytest.raises(attnrt.GradientError, match="nothing wanted a gradient"):
         out.sum().backward()
+
+
+def test_inference_loses_no_gradient_in_silence() -> None:
+    q, k, v = tensors()
+    given = lean(Case(q, k, v, "bhsd"))
+    for which in range(3):
+        leaves = [t.detach().requires_grad_(i == which) for i, t in enumerate((q, k, v))]
+        out = operators.INFERENCE(*leaves, *given[3:])
+        assert out.requires_grad
+        with pytest.raises(attnrt.GradientError, match="nothing wanted a gradient"):
+            out.sum().backward()
+        with torch.no_grad():
+            assert not operators.INFERENCE(*leaves, *given[3:]).requires_grad
+
+
+class Seen(TorchDispatchMode):
+    """What reaches the dispatcher below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[Any] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators.append(operator)
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recording", [False, True])
+def test_modes_see_the_operators(recording: bool) -> None:
+    """Selective checkpointing, counters of operations, fake tensors: none of them is passed by."""
+    q, k, v = tensors(grad=recording)
+    seen = Seen()
+    with seen:
+        out = operators.FORWARD(*arguments(Case(q, k, v, "bhsd")))[0]
+        if recording:
+            out.sum().backward()
+        given = lean(Case(q, k, v, "bhsd"))
+        operators.INFERENCE(*given)
+    wanted = [operators.FORWARD, *([operators.BACKWARD] if recording else []), operators.INFERENCE]
+    assert [o for o in seen.operators if o.namespace == "attnrt"] == wanted
+    with FakeTensorMode() as mode:
+        out = operators.INFERENCE(*(mode.from_tensor(t) for t in given[:3]), *given[3:])
+    assert isinstance(out, FakeTensor) and out.shape == q.shape
 
 
 def test_no_second_derivative() -> None:

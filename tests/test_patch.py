@@ -176,6 +176,7 @@ PASSED: dict[str, tuple[Callable[[], tuple[Any, dict[str, Any]]], str]] = {
 REFUSED: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "heads": lambda: ((t(*Q), t(*KV), t(*KV)), {}),
     "dims": lambda: ((t(*Q), t(3, 8, 16), t(3, 8, 16)), {}),
+    "gqa of 2 dims": lambda: ([t(8, 16)] * 3, {"enable_gqa": True}),
     "dtypes": lambda: ((t(*Q).half(), t(*Q), t(*Q)), {}),
     "is_causal": lambda: ([t(*Q)] * 3, {"is_causal": 1}),
     "dropout_p": lambda: ([t(*Q)] * 3, {"dropout_p": 1.5}),

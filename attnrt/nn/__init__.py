@@ -8,7 +8,7 @@ torch.Size([1, 16, 64])
 """
 
 from attnrt.nn.attention import CrossAttention, SelfAttention
-from attnrt.nn.cache import CacheStep, KVCache, PagedKVCache
+from attnrt.nn.cache import CacheStep, KVCache
 from attnrt.nn.config import AttentionConfig, ModelConfig, RopeScaling, load_config, model_names
 from attnrt.nn.core import DotProductAttention
 from attnrt.nn.megatron import (
@@ -21,6 +21,7 @@ from attnrt.nn.megatron import (
     split_qkv,
     split_tensor_parallel,
 )
+from attnrt.nn.paged_cache import PagedKVCache
 from attnrt.nn.rotary import RotaryEmbedding, apply_rotary
 
 __all__ = [

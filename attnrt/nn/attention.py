@@ -89,12 +89,16 @@ class SelfAttention(_Attention):
             hidden's shape.
         """
         layout = self._format(hidden, cu_seqlens is not None)
+        if step is not None and layout != "thd":
+            _check_places("step", step.positions, step.positions.shape, hidden, layout)
         q, k, v = self._project(hidden)
         q, k = self._normed(q, k)
         if self.rotary is not None:
             if rotary is None:
                 rotary = self.rotary(_positions(hidden, layout, positions, step, cu_seqlens))
             cos, sin = rotary
+            for angles in rotary:
+                _check_places("rotary", angles, angles.shape[:-1], hidden, layout)
             if layout == "sbhd" and cos.ndim == 3:
                 cos, sin = cos.transpose(0, 1), sin.transpose(0, 1)
             elif cos.ndim == 2 and layout != "thd":
@@ -228,6 +232,7 @@ def _positions(
 ) -> Tensor:
     """(B, S), (S,) or (T,): as given, the cache's, or counted from 0 in each sequence."""
     if positions is not None:
+        _check_places("positions", positions, positions.shape, hidden, layout)
         return positions
     if step is not None:
         return step.positions
@@ -236,3 +241,11 @@ def _positions(
     tokens = torch.arange(hidden.shape[0], device=hidden.device, dtype=cu_seqlens.dtype)
     sequence = torch.searchsorted(cu_seqlens, tokens, right=True) - 1
     return tokens - cu_seqlens[sequence]
+
+
+def _check_places(name: str, tensor: Tensor, shape: torch.Size, hidden: Tensor, layout: str) -> None:
+    """`shape` has one place for each of hidden's tokens, or for each of a sequence's."""
+    want = [hidden.shape[layout.index(c)] for c in ("t" if layout == "thd" else "bs")]
+    if list(shape) != want and (layout == "thd" or list(shape) not in (want[1:], [1, want[1]])):
+        said = f"(T,) = {want}" if layout == "thd" else f"(B, S) = {want}, or (S,)"
+        raise ArgumentError(name, tensor, f"must have the shape {said}, of hidden's tokens")

@@ -18,10 +18,17 @@ from attnrt.request import check_size
 
 if TYPE_CHECKING:
     from attnrt.nn.config import ModelConfig
+    from attnrt.nn.paged_cache import PagedKVCache
+
+
+class Turn:
+    """What a cache shares with its latest step, so that the step knows when it is over."""
+
+    over = False
 
 
 class CacheStep:
-    """One forward's place in a cache. It holds until the cache is extended again.
+    """One forward's place in a cache. It holds until the cache is extended, truncated, reordered or emptied.
 
     Attributes:
         positions: (B, S) int64, where each new token stands: for the rotary embedding.
@@ -38,22 +45,33 @@ class CacheStep:
         seqlens_kv: Tensor | None,
         page_table: Tensor | None,
         where: Any,
+        turn: Turn,
     ) -> None:
         self.cache, self.positions = cache, positions
         self.seqlens_q, self.seqlens_kv, self.page_table = seqlens_q, seqlens_kv, page_table
-        self._where = where
+        self._where, self._turn = where, turn
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, S, groups, D) keys and values of the new tokens; gives what to attend to, in layout "bshd".
 
         Raises:
-            ArgumentError: another shape, or a gradient is wanted, which a cache does not keep.
+            ArgumentError: another shape, no such layer, a gradient is wanted, which a cache does not keep, or the step
+                is over. ArgumentTypeError: another dtype than the cache's, without autocast.
         """
+        if self._turn.over:
+            raise ArgumentError("step", self, "is over: the cache went on without it; take what extend() gave last")
+        layers = len(self.cache.k)
+        if not 0 <= layer < layers:
+            raise ArgumentError("layer", layer, f"the cache was made for {layers} layers, from 0")
         batch, tokens = self.positions.shape
         for name, tensor, pool in (("k", k, self.cache.k), ("v", v, self.cache.v)):
             want = (batch, tokens, *pool.shape[-2:])
             if tuple(tensor.shape) != want:
                 raise ArgumentError(name, tensor, f"must have shape (B, S, groups, head dim) = {want}")
+            if tensor.dtype != pool.dtype and not torch.is_autocast_enabled(tensor.device.type):
+                raise ArgumentTypeError(
+                    name, tensor, f"the cache holds {pool.dtype}; make it with dtype={tensor.dtype}"
+                )
             if tensor.requires_grad and torch.is_grad_enabled():
                 raise ArgumentError(name, tensor, "wants a gradient, and a KV cache keeps none; use torch.no_grad()")
         return self.cache._write(layer, k, v, self._where)
@@ -92,6 +110,7 @@ class KVCache:
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=self.device)
         """Tokens held for each sequence."""
         self._known = [0] * batch
+        self._turn = Turn()
         self._rows = torch.arange(batch, device=self.device)[:, None]
 
     @classmethod
@@ -112,7 +131,7 @@ class KVCache:
         Raises:
             ArgumentError: it would not fit, or a count is out of range.
         """
-        counts = _counts(tokens, counts, self.batch)
+        counts = checked_counts(tokens, counts, self.batch)
         before = self.uniform
         ends = [n + c for n, c in zip(self._known, counts, strict=True)]
         if max(ends) > self.max_length:
@@ -126,12 +145,12 @@ class KVCache:
         self.lengths.add_(tokens if seqlens_q is None else seqlens_q)  # in place: a captured graph goes on counting
         self._known = ends
         if before is not None and not ragged and not self.fixed_shapes:
-            return CacheStep(self, positions, None, None, None, slice(before, ends[0]))
+            return CacheStep(self, positions, None, None, None, slice(before, ends[0]), self._next_turn())
         places = positions
         if seqlens_q is not None:
             real = torch.arange(tokens, device=self.device) < seqlens_q[:, None]
             places = torch.where(real, positions, self.max_length)
-        return CacheStep(self, positions, seqlens_q, self.lengths, None, (self._rows, places))
+        return CacheStep(self, positions, seqlens_q, self.lengths, None, (self._rows, places), self._next_turn())
 
     def _write(self, layer: int, k: Tensor, v: Tensor, where: Any) -> tuple[Tensor, Tensor]:
         pool_k, pool_v = self.k[layer], self.v[layer]
@@ -143,154 +162,78 @@ class KVCache:
 
     def reset(self) -> None:
         """Forget every sequence; the buffers stay."""
+        self._next_turn()
         self.lengths.zero_()
         self._known = [0] * self.batch
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget what each sequence holds beyond a length, as after rejected speculative tokens.
 
+        Args:
+            lengths: tokens to keep, one number a sequence. What each holds is read from the device, where a captured
+                graph counts it.
+
         Raises:
-            ArgumentError: a length is not in 0..what the sequence holds.
+            ArgumentError: a length is not in 0..what the sequence holds. ArgumentTypeError: not Python integers.
         """
-        lengths = _checked_lengths(lengths, self._known)
-        self._known = lengths
-        self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
+        self._known = kept_lengths(lengths, self.lengths.tolist())
+        self._next_turn()
+        self.lengths.copy_(torch.tensor(self._known, dtype=torch.int32))
 
     def reorder(self, order: Sequence[int]) -> None:
-        """Sequence i becomes what sequence order[i] was, as in beam search."""
-        chosen = torch.tensor(list(order), device=self.device)
-        if chosen.numel() != self.batch or not all(0 <= i < self.batch for i in order):
-            raise ArgumentError("order", list(order), f"{self.batch} numbers in 0..{self.batch - 1} are needed")
-        for pool in (self.k, self.v):
-            pool.copy_(pool.index_select(1, chosen))
+        """Sequence i becomes what sequence order[i] was, as in beam search. Its keys and values are copied.
+
+        Args:
+            order: one number a sequence, in 0..batch - 1; any of them more than once, or not at all.
+
+        Raises:
+            ArgumentError: another count, or a number out of range. ArgumentTypeError: not Python integers.
+        """
+        order = checked_order(order, self.batch)
+        self._next_turn()
+        self._known = self.lengths.tolist()
+        if order == list(range(self.batch)):
+            return
+        chosen = torch.tensor(order, device=self.device)
+        held = slice(max(self._known))
+        for pool in (*self.k, *self.v):  # one layer at a time: that is what the copy takes in memory
+            pool[:, held] = pool[:, held].index_select(0, chosen)
         self.lengths.copy_(self.lengths.index_select(0, chosen))
         self._known = [self._known[i] for i in order]
 
-
-class PagedKVCache:
-    """Keys and values in pages that sequences take as they grow and give back when they end.
-
-    Each layer has a pool (pages, page_size, groups, D); a page holds the same tokens in every layer, so there is one
-    page table. Attention reads the pool through it: `attnrt.attention(..., page_table=)`.
-    """
-
-    def __init__(
-        self,
-        layers: int,
-        batch: int,
-        pages: int,
-        page_size: int,
-        groups: int,
-        head_dim: int,
-        *,
-        max_length: int | None = None,
-        head_dim_v: int | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        """`pages` in the whole pool; `max_length`: of one sequence, in tokens, which sets the table's width; None: as
-        many as the pool holds."""
-        sizes = {"layers": layers, "batch": batch, "pages": pages, "page_size": page_size}
-        for name, size in {**sizes, "groups": groups, "head_dim": head_dim}.items():
-            check_size(name, size, at_least=1)
-        if max_length is not None:
-            check_size("max_length", max_length, at_least=1)
-        self.batch, self.page_size, self.device = batch, page_size, torch.device(device)
-        self.max_length = pages * page_size if max_length is None else max_length
-        shape = (layers, pages, page_size, groups)
-        self.k = torch.zeros(*shape, head_dim, dtype=dtype, device=self.device)
-        self.v = torch.zeros(*shape, head_dim_v or head_dim, dtype=dtype, device=self.device)
-        width = -(-self.max_length // page_size)
-        self.page_table = torch.zeros(batch, width, dtype=torch.int32, device=self.device)
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=self.device)
-        self._known = [0] * batch
-        self._owned: list[list[int]] = [[] for _ in range(batch)]
-        self._free = list(range(pages))[::-1]
-
-    @classmethod
-    def of(cls, config: ModelConfig, batch: int, pages: int, page_size: int, **options: Any) -> PagedKVCache:
-        return cls(config.num_layers, batch, pages, page_size, config.groups, config.head_dim, **options)
-
-    @property
-    def free_pages(self) -> int:
-        return len(self._free)
-
-    def extend(self, tokens: int, counts: Sequence[int] | None = None) -> CacheStep:
-        """Make room for `tokens` more in each sequence; see `KVCache.extend`. A count of 0 leaves a sequence alone.
-
-        Raises:
-            ArgumentError: a sequence would outgrow max_length, or the pool has too few free pages; nothing is changed.
-        """
-        counts = _counts(tokens, counts, self.batch)
-        ends = [n + c for n, c in zip(self._known, counts, strict=True)]
-        if max(ends) > self.max_length:
-            full = ends.index(max(ends))
-            raise ArgumentError(
-                "tokens", tokens, f"sequence {full} holds {self._known[full]} of max_length={self.max_length} already"
-            )
-        needed = [-(-end // self.page_size) - len(own) for end, own in zip(ends, self._owned, strict=True)]
-        if sum(needed) > len(self._free):
-            raise ArgumentError("tokens", tokens, f"needs {sum(needed)} pages, and {len(self._free)} are free")
-        for row, count in enumerate(needed):
-            if count > 0:
-                taken = [self._free.pop() for _ in range(count)]
-                first = len(self._owned[row])
-                self._owned[row] += taken
-                at = torch.tensor(taken, dtype=torch.int32, device=self.device)
-                self.page_table[row, first : first + count] = at
-        positions = self.lengths.long()[:, None] + torch.arange(tokens, device=self.device)
-        ragged = any(c != tokens for c in counts)
-        seqlens_q = torch.tensor(counts, dtype=torch.int32, device=self.device) if ragged else None
-        self.lengths.add_(tokens if seqlens_q is None else seqlens_q)  # in place: a captured graph goes on counting
-        self._known = ends
-        pages = positions // self.page_size
-        slots = self.page_table.long().gather(1, pages.clamp(max=self.page_table.shape[1] - 1)) * self.page_size
-        slots = (slots + positions % self.page_size).flatten()
-        real = None
-        if ragged:
-            rows = [row * tokens + i for row, count in enumerate(counts) for i in range(count)]
-            real = torch.tensor(rows, dtype=torch.long, device=self.device)
-            slots = slots[real]
-        return CacheStep(self, positions, seqlens_q, self.lengths, self.page_table, (slots, real))
-
-    def _write(self, layer: int, k: Tensor, v: Tensor, where: Any) -> tuple[Tensor, Tensor]:
-        slots, real = where
-        for pool, new in ((self.k[layer], k), (self.v[layer], v)):
-            rows = new.flatten(0, 1)
-            pool.view(-1, *pool.shape[2:])[slots] = (rows if real is None else rows[real]).to(pool.dtype)
-        return self.k[layer], self.v[layer]
-
-    def release(self, sequence: int) -> None:
-        """Give a sequence's pages back; its place in the batch is empty then."""
-        check_size("sequence", sequence, at_least=0)
-        if sequence >= self.batch:
-            raise ArgumentError("sequence", sequence, f"a number in 0..{self.batch - 1} is needed")
-        self._free += self._owned[sequence][::-1]
-        self._owned[sequence] = []
-        self._known[sequence] = 0
-        self.lengths[sequence] = 0
-
-    def reset(self) -> None:
-        """Give every page back."""
-        for sequence in range(self.batch):
-            self.release(sequence)
+    def _next_turn(self) -> Turn:
+        self._turn.over = True
+        self._turn = Turn()
+        return self._turn
 
 
-def _counts(tokens: int, counts: Any, batch: int) -> list[int]:
+def checked_counts(tokens: int, counts: Any, batch: int) -> list[int]:
     check_size("tokens", tokens, at_least=1)
     if counts is None:
         return [tokens] * batch
-    if isinstance(counts, Tensor) or any(type(c) is not int for c in counts):
-        raise ArgumentTypeError("counts", counts, "Python integers are needed, one a sequence")
-    if len(counts) != batch or not all(0 <= c <= tokens for c in counts):
-        raise ArgumentError("counts", list(counts), f"{batch} numbers in 0..{tokens} are needed")
-    return list(counts)
+    found = _integers("counts", counts)
+    if len(found) != batch or not all(0 <= c <= tokens for c in found):
+        raise ArgumentError("counts", found, f"{batch} numbers in 0..{tokens} are needed")
+    return found
 
 
-def _checked_lengths(lengths: Sequence[int], held: list[int]) -> list[int]:
-    fine = len(lengths) == len(held) and all(
-        type(n) is int and 0 <= n <= most for n, most in zip(lengths, held, strict=False)
-    )
-    if not fine:
-        raise ArgumentError("lengths", list(lengths), f"one a sequence is needed, no more than it holds: {held}")
-    return list(lengths)
+def kept_lengths(lengths: Any, held: list[int]) -> list[int]:
+    found = _integers("lengths", lengths)
+    if len(found) != len(held) or not all(0 <= n <= most for n, most in zip(found, held, strict=True)):
+        raise ArgumentError("lengths", found, f"one a sequence is needed, no more than it holds: {held}")
+    return found
+
+
+def checked_order(order: Any, batch: int) -> list[int]:
+    found = _integers("order", order)
+    if len(found) != batch or not all(0 <= i < batch for i in found):
+        raise ArgumentError("order", found, f"{batch} numbers in 0..{batch - 1} are needed")
+    return found
+
+
+def _integers(name: str, values: Any) -> list[int]:
+    """Not a tensor: on a GPU, reading it waits, and that is the caller's to say."""
+    if not isinstance(values, Sequence) or any(type(n) is not int for n in values):
+        hint = "; .tolist() gives them" if isinstance(values, Tensor) else ""
+        raise ArgumentTypeError(name, values, f"Python integers are needed, one a sequence{hint}")
+    return list(values)

@@ -93,7 +93,7 @@ class AttentionConfig(_Config):
 
     hidden_size: Size
     num_attention_heads: Size
-    num_query_groups: Size | None = None
+    num_query_groups: Annotated[int, Field(strict=True)] | None = None
     kv_channels: Size | None = None
     attn_mask_type: MaskType = "causal"
     window_size: tuple[int, int] | None = None
@@ -121,7 +121,7 @@ class AttentionConfig(_Config):
     def _consistent(self) -> Self:
         heads = self.num_attention_heads
         wrong = []
-        if heads % self.groups:
+        if self.groups < 1 or heads % self.groups:
             wrong.append(
                 f"num_query_groups={self.num_query_groups}: must divide num_attention_heads={heads}, so be one of "
                 f"{divisors(heads)}, or null for one group per head"

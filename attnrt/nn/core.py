@@ -58,8 +58,9 @@ class DotProductAttention(nn.Module):
         check_size("num_attention_heads", num_attention_heads, at_least=1)
         check_size("kv_channels", kv_channels, at_least=1)
         groups = num_attention_heads if num_query_groups is None else num_query_groups
-        check_size("num_query_groups", groups, at_least=1)
-        if num_attention_heads % groups:
+        if type(groups) is not int:
+            raise ArgumentTypeError("num_query_groups", groups, "a number, or None for one group per head, is needed")
+        if groups < 1 or num_attention_heads % groups:
             raise ArgumentError(
                 "num_query_groups",
                 num_query_groups,

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from attnrt.backends.torch_sdpa.cpu_plan import Tile
 from attnrt.request import AttentionRequest
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_forward = torch._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 _ADDED = {d: torch.tensor([0.0, -math.inf], dtype=d, device="cpu") for d in (torch.float32, torch.float64)}

@@ -51,6 +51,12 @@ def test_refusals_and_compiled_graphs(tmp_path: Path) -> None:
     assert kind and "a sequence cut across ranks is not served inside torch.compile" in text
     for name, errors in found.items():
         assert max(errors) < 5e-6, (name, errors)
+    found = outcomes[0].value["inferred"]
+    assert len(found) == 12
+    for name, (operators, kept, errors) in found.items():
+        lean = name.startswith(("plain", "mask"))
+        assert operators == [f"attnrt.attention_{'inference' if lean else 'forward'}.default"], (name, operators)
+        assert kept and max(errors) < 5e-6, (name, kept, errors)
 
 
 def test_helpers(tmp_path: Path) -> None:

@@ -88,6 +88,25 @@ def test_sequences_of_their_own_length(kind: str) -> None:
         torch.testing.assert_close(torch.cat(found[b]).cpu().double(), want, rtol=2e-2, atol=4e-2)
 
 
+@pytest.mark.parametrize("kind", ["fixed", "paged"])
+@torch.no_grad()
+def test_beams_and_rejected_tokens(kind: str) -> None:
+    """One prompt becomes three beams, which part, are cut back and permuted."""
+    dtype = torch.bfloat16
+    layers, cache = stack(dtype), cache_of(kind, 3, dtype)
+    x = torch.randn(3, 44, HIDDEN, device="cuda", dtype=dtype)
+    x[1:, :37] = x[0, :37]
+    forward(layers, x[:, :37], cache.extend(37, [37, 0, 0]))
+    cache.reorder([0, 0, 0])
+    forward(layers, torch.randn_like(x[:, :4]), cache.extend(4))
+    cache.truncate([37, 37, 37])
+    forward(layers, x[:, 37:41], cache.extend(4))
+    cache.reorder([2, 0, 1])
+    found = forward(layers, x[[2, 0, 1], 41:], cache.extend(3))
+    want = exactly(layers, x)[[2, 0, 1], 41:]
+    torch.testing.assert_close(found.cpu().double(), want, rtol=2e-2, atol=4e-2)
+
+
 @torch.no_grad()
 def test_a_captured_decode_step() -> None:
     """One CUDA graph replayed for every token: the cache's length is data."""
@@ -116,6 +135,8 @@ def test_a_captured_decode_step() -> None:
         want = forward(layers, x[:, i : i + 1], plain.extend(1))
         torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2)
     assert captured.lengths.tolist() == [40, 40]
+    captured.truncate([39, 38])  # of what the replays counted
+    assert captured.lengths.tolist() == [39, 38]
 
 
 @pytest.mark.skipif(not has_transformers(), reason=f"transformers {SUPPORTED} is not installed")

@@ -163,6 +163,14 @@ def test_bad_calls() -> None:
         module(torch.randn(2, 5, HIDDEN).double(), cu_seqlens=torch.tensor([0, 5], dtype=torch.int32))
     with pytest.raises(ArgumentError, match="rotary"):
         layer(position_embedding_type="none")(torch.randn(1, 2, HIDDEN).double(), rotary=(torch.ones(2, 4),) * 2)
+    x = torch.randn(2, 5, HIDDEN).double()
+    for places in (torch.arange(1), torch.zeros(5, 2), torch.zeros(3, 5)):  # some would broadcast
+        with pytest.raises(ArgumentError, match=r"positions=.*\(B, S\) = \[2, 5\]"):
+            module(x, positions=places)
+        with pytest.raises(ArgumentError, match="rotary="):
+            module(x, rotary=module.rotary(places))
+    with pytest.raises(ArgumentError, match="positions="):
+        module(x[0], positions=torch.arange(1), cu_seqlens=torch.tensor([0, 5], dtype=torch.int32))
     arbitrary = layer(attn_mask_type="arbitrary")  # its mask would be left out
     with torch.no_grad(), pytest.raises(ArgumentError, match="arbitrary"):
         arbitrary(torch.randn(1, 2, HIDDEN).double(), step=KVCache(1, 1, 4, 2, 8, dtype=torch.float64).extend(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -102,10 +103,10 @@ def test_shapes_seen_by_attention() -> None:
     assert seen == {"sliced": [1, 2, 3], "whole": [24] * 3}
 
 
+@pytest.mark.parametrize("make", KINDS)
 @torch.no_grad()
-def test_truncate_and_reorder() -> None:
-    layers, cache = stack(), sliced(2)
-    assert isinstance(cache, KVCache)
+def test_truncate_and_reorder(make: Callable[[int], Cache]) -> None:
+    layers, cache = stack(), make(2)
     x = torch.randn(2, 12, HIDDEN).double()
     expected = forward(layers, x)
     forward(layers, x[:, :8], cache.extend(8))
@@ -116,6 +117,78 @@ def test_truncate_and_reorder() -> None:
     torch.testing.assert_close(found, expected.flip(0)[:, 8:])
     cache.reset()
     torch.testing.assert_close(forward(layers, x, cache.extend(12)), expected)
+
+
+@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.parametrize("seed", range(6))
+@torch.no_grad()
+def test_any_order_of_calls(make: Callable[[int], Cache], seed: int) -> None:
+    """What each sequence attends to is its own history, whatever was cut off, permuted, repeated or dropped before."""
+    layers, cache, chance = stack(), make(4), random.Random(seed)
+    histories: list[list[Tensor]] = [[] for _ in range(4)]
+    for _ in range(30):
+        match chance.choice(["extend", "extend", "extend", "truncate", "reorder"]):
+            case "truncate":
+                lengths = [chance.randint(max(0, len(h) - 6), len(h)) for h in histories]
+                cache.truncate(lengths)
+                histories = [h[:n] for h, n in zip(histories, lengths, strict=True)]
+            case "reorder":
+                order = [chance.randrange(4) for _ in histories]
+                cache.reorder(order)
+                histories = [list(histories[i]) for i in order]
+            case _:
+                counts = [min(chance.randint(0, 4), 24 - len(h)) for h in histories]
+                chunk = torch.randn(4, max(*counts, 1), HIDDEN).double()
+                out = forward(layers, chunk, cache.extend(chunk.shape[1], counts))
+                for row, (history, count) in enumerate(zip(histories, counts, strict=True)):
+                    history += chunk[row, :count]
+                    if count:
+                        want = forward(layers, torch.stack(history)[None])[0, -count:]
+                        torch.testing.assert_close(out[row, :count], want)
+        assert cache.lengths.tolist() == [len(h) for h in histories]
+    if isinstance(cache, PagedKVCache):
+        cache.reset()
+        assert cache.free_pages == 32
+
+
+def test_beams_share_the_pages_of_their_prompt() -> None:
+    cache = PagedKVCache(1, 4, 8, 4, 1, 8, max_length=32)
+    cache.extend(10, [10, 0, 0, 0])  # 3 pages, the last one half full
+    cache.reorder([0, 0, 0, 0])
+    assert cache.free_pages == 5 and cache.lengths.tolist() == [10] * 4
+    assert len(set(map(tuple, cache.page_table[:, :3].tolist()))) == 1
+    cache.extend(1)  # each beam writes: three copy the half page, the fourth keeps it
+    assert cache.free_pages == 2
+    table = cache.page_table[:, :3].tolist()
+    assert len({tuple(row[:2]) for row in table}) == 1 and len({row[2] for row in table}) == 4
+    cache.truncate([8, 8, 8, 11])
+    assert cache.free_pages == 5
+    cache.reorder([3, 3, 0, 0])
+    with pytest.raises(ArgumentError, match="needs 9 pages, and 5 are free"):
+        cache.extend(6)  # one copy, and two pages more for each
+    assert cache.lengths.tolist() == [11, 11, 8, 8] and cache.free_pages == 5, "nothing was changed"
+    cache.extend(4)
+    assert cache.free_pages == 0
+    cache.reset()
+    assert cache.free_pages == 8
+
+
+@pytest.mark.parametrize("make", [sliced, whole, paged])
+def test_a_step_ends_when_the_cache_goes_on(make: Callable[[int], Cache]) -> None:
+    ends: list[Callable[[Cache], Any]] = [
+        lambda cache: cache.extend(1),
+        lambda cache: cache.truncate([1, 2]),
+        lambda cache: cache.reorder([1, 1]),
+        lambda cache: cache.reset(),
+    ]
+    k = torch.zeros(2, 3, GROUPS, DIM).double()
+    for end in ends:
+        cache = make(2)
+        step = cache.extend(3)
+        step.write(0, k, k)
+        end(cache)
+        with pytest.raises(ArgumentError, match="is over"):
+            step.write(1, k, k)
 
 
 @pytest.mark.parametrize("make", [sliced, whole, paged])
@@ -161,16 +234,48 @@ def test_bad_calls() -> None:
         cache.extend(0)
     with pytest.raises(ArgumentError, match=r"\(2, 3, 2, 8\)"):
         cache.extend(3).write(0, torch.zeros(2, 2, 2, 8), torch.zeros(2, 2, 2, 8))
-    assert isinstance(cache, KVCache)
-    with pytest.raises(ArgumentError, match="no more than it holds"):
-        cache.truncate([4, 3])
-    with pytest.raises(ArgumentError, match="order"):
-        cache.reorder([0, 2])
+    with pytest.raises(ArgumentError, match=r"layer=2.*2 layers"):
+        cache.extend(1).write(2, torch.zeros(2, 1, 2, 8), torch.zeros(2, 1, 2, 8))
+    with pytest.raises(ArgumentTypeError, match=r"holds torch.float64; make it with dtype=torch.bfloat16"):
+        cache.extend(1).write(0, *[torch.zeros(2, 1, 2, 8, dtype=torch.bfloat16)] * 2)
     with pytest.raises(ArgumentError, match="groups"):
         KVCache(1, 1, 8, 0, 8)
     layer = stack()[0]
     with pytest.raises(ArgumentError, match="keeps the lengths"), torch.no_grad():
         layer(torch.zeros(2, 1, HIDDEN).double(), step=cache.extend(1), seqlens=torch.ones(2, dtype=torch.int32))
+    for shape in ((2, 3, HIDDEN), (1, 2, HIDDEN)):
+        with pytest.raises(ArgumentError, match=r"step=<Tensor \(2, 2\)"), torch.no_grad():
+            layer(torch.zeros(shape).double(), step=cache.extend(2))
+
+
+@torch.no_grad()
+def test_a_cache_of_another_dtype_under_autocast() -> None:
+    layers = [layer.float() for layer in stack()]
+    x = torch.randn(2, 9, HIDDEN)
+    want = forward(layers, x)
+    for dtype in (torch.float32, torch.bfloat16):
+        cache = KVCache(LAYERS, 2, 24, GROUPS, DIM, dtype=dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = [forward(layers, part, cache.extend(part.shape[1])) for part in x.split((6, 1, 1, 1), 1)]
+        torch.testing.assert_close(torch.cat(found, 1), want, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("make", [sliced, whole, paged])
+def test_bad_lengths_and_orders(make: Callable[[int], Cache]) -> None:
+    cache = make(2)
+    cache.extend(3)
+    for lengths in ([4, 3], [3], [-1, 3]):
+        with pytest.raises(ArgumentError, match=r"no more than it holds: \[3, 3\]"):
+            cache.truncate(lengths)
+    for order in ([0, 2], [0], [-1, 0]):
+        with pytest.raises(ArgumentError, match=r"order=.*2 numbers in 0\.\.1"):
+            cache.reorder(order)
+    for wrong in (3, torch.tensor([1, 1]), [1.0, 1.0], [True, False], None):
+        with pytest.raises(ArgumentTypeError, match="lengths"):
+            cache.truncate(wrong)  # type: ignore[arg-type]
+        with pytest.raises(ArgumentTypeError, match="order"):
+            cache.reorder(wrong)  # type: ignore[arg-type]
+    assert cache.lengths.tolist() == [3, 3]
 
 
 def test_of_a_model() -> None:

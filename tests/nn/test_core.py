@@ -175,6 +175,7 @@ def test_a_backend_can_be_named() -> None:
     ("options", "name"),
     [
         ({"num_query_groups": 4}, "num_query_groups"),
+        ({"num_query_groups": 0}, "num_query_groups"),
         ({"qkv_format": "bhsd"}, "qkv_format"),
         ({"attn_mask_type": "causal_top_left"}, "attn_mask_type"),
         ({"window_size": (-2, 0)}, "window_size"),
