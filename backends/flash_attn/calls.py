@@ -43,11 +43,14 @@ class Call:
 
     def given(self, operands: Operands) -> dict[str, Tensor]:
         """The tensors of one call. Lengths are read with stride 1."""
-        found = {}
+        found: dict[str, Tensor] = {}
+        before = dense = None
         for name, at in self._places:
             tensor: Tensor = operands[at]  # type: ignore[assignment]  # the request says that it is there
-            dense = tensor.is_contiguous() or tensor.stride(-1) == 1
-            found[name] = tensor if dense else tensor.contiguous()
+            if tensor is not before:  # as cu_seqlens of self-attention
+                dense = tensor if tensor.is_contiguous() or tensor.stride(-1) == 1 else tensor.contiguous()
+                before = tensor
+            found[name] = dense  # type: ignore[assignment]
         return found
 
     @cached_property
