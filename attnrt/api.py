@@ -17,11 +17,10 @@ from attnrt.execution import device_facts
 from attnrt.operands import NO_OPERANDS, Operands, signature, tf32_allowed
 from attnrt.request import AttentionRequest
 from attnrt.settings import (
-    ENCODED,
     NO_CONTEXT,
     PolicySpec,
+    environ_items,
     environ_keys,
-    environ_values,
     inherited_context,
     own_context,
 )
@@ -35,7 +34,6 @@ _graph_task = torch._C._current_graph_task_id
 _plans = runtime.plans
 _seen = runtime.seen
 _isdisjoint = environ_keys.isdisjoint
-_OURS = frozenset(ENCODED)
 _grad_enabled = torch.is_grad_enabled
 _autocast_enabled = torch.is_autocast_enabled
 _any_autocast = torch._C._is_any_autocast_enabled  # half the price of asking for one device
@@ -212,7 +210,7 @@ def attention(  # type: ignore[misc]
         if not typed:
             key = None  # type: ignore[assignment]
         # As runtime.variables_are_known.
-        current = _isdisjoint(_OURS) if _seen.quiet else environ_values() == _seen.values
+        current = _isdisjoint(_seen.absent) and (_seen.quiet or _seen.present <= environ_items)
         made = _plans.get(key) if current and not autocast else None
     except (AttributeError, TypeError, KeyError):
         # Not tensors, or not hashable: the checks below say what is wrong, or find a list where a tuple was meant.

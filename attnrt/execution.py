@@ -19,11 +19,10 @@ from attnrt.operands import NO_OPERANDS, Operands, signature, tf32_allowed
 from attnrt.pins import LATE, Pin
 from attnrt.runtime import Plan
 from attnrt.settings import (
-    ENCODED,
     NO_CONTEXT,
     current_context,
+    environ_items,
     environ_keys,
-    environ_values,
     inherited_context,
     own_context,
 )
@@ -44,7 +43,6 @@ policies: dict[str, Policy] = {}
 _modules = sys.modules
 _seen = runtime.seen
 _isdisjoint = environ_keys.isdisjoint
-_OURS = frozenset(ENCODED)
 _graph_task = torch._C._current_graph_task_id
 _deterministic_enabled = torch.are_deterministic_algorithms_enabled
 
@@ -146,7 +144,7 @@ def inference(q: Tensor, k: Tensor, v: Tensor, operands: Operands, call: str, ch
         _deterministic_enabled(),
         context,
     )
-    current = _isdisjoint(_OURS) if _seen.quiet else environ_values() == _seen.values
+    current = _isdisjoint(_seen.absent) and (_seen.quiet or _seen.present <= environ_items)
     made = runtime.plans.get(key) if current else None
     if made is None or made.watched:
         options = settled(call, choice)

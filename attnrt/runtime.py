@@ -31,6 +31,7 @@ from attnrt.settings import (
     Settings,
     check_policy,
     current_context,
+    environ_items,
     environ_keys,
     environ_values,
     resolve,
@@ -68,14 +69,15 @@ plans: dict[Any, Plan] = {}
 
 
 class Seen:
-    """The environment variables as they were last parsed, with their raw values; `quiet`: none was set. And whether
-    there are several GPUs; None before the first call on one."""
+    """The environment variables as they were last parsed: `values` in the order of ENCODED, `absent` the names of those
+    that were not set, `present` the others with their values, `quiet` whether there was none. And whether there are
+    several GPUs; None before the first call on one."""
 
-    __slots__ = ("quiet", "several_gpus", "values", "variables")
+    __slots__ = ("absent", "present", "quiet", "several_gpus", "values", "variables")
 
     def __init__(self) -> None:
         self.values: list[Any] = [object()]
-        self.quiet = False
+        self.absent, self.present, self.quiet = _OURS, {object(): None}.items(), False
         self.variables: Variables | None = None
         self.several_gpus: bool | None = None
 
@@ -108,13 +110,16 @@ def variables() -> Variables:
         with _lock:
             plans.clear()
             _settings.cache_clear()
-            seen.variables, seen.values, seen.quiet = known, values, not any(v is not None for v in values)
+            seen.variables, seen.values, seen.quiet = known, values, False
+            seen.present = {name: v for name, v in zip(ENCODED, values, strict=True) if v is not None}.items()
+            seen.absent = _OURS - dict(seen.present).keys()
+            seen.quiet = not seen.present
     return known
 
 
 def variables_are_known() -> bool:
     """They are as they were last parsed. For the path of every call."""
-    return environ_keys.isdisjoint(_OURS) if seen.quiet else environ_values() == seen.values
+    return environ_keys.isdisjoint(seen.absent) and (seen.quiet or seen.present <= environ_items)
 
 
 def _forget_choices() -> None:

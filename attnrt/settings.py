@@ -440,7 +440,7 @@ NAMES = (
 )
 """Every environment variable that is read."""
 environ_get = _environ.get
-environ_keys = _environ.keys()
+environ_keys, environ_items = _environ.keys(), _environ.items()
 ENCODED = _encoded(NAMES)
 
 
