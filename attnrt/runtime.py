@@ -69,14 +69,13 @@ plans: dict[Any, Plan] = {}
 
 
 class Seen:
-    """The environment variables as they were last parsed: `values` in the order of ENCODED, `absent` the names of those
-    that were not set, `present` the others with their values, `quiet` whether there was none. And whether there are
-    several GPUs; None before the first call on one."""
+    """The environment variables as they were last parsed: `absent` the names of those that were not set, `present` the
+    others with their raw values, `quiet` whether there was none. And whether there are several GPUs; None before the
+    first call on one."""
 
-    __slots__ = ("absent", "present", "quiet", "several_gpus", "values", "variables")
+    __slots__ = ("absent", "present", "quiet", "several_gpus", "variables")
 
     def __init__(self) -> None:
-        self.values: list[Any] = [object()]
         self.absent, self.present, self.quiet = _OURS, {object(): None}.items(), False
         self.variables: Variables | None = None
         self.several_gpus: bool | None = None
@@ -104,16 +103,17 @@ def variables() -> Variables:
     """
     from attnrt.variables import read_variables
 
-    values, known = environ_values(), seen.variables
-    if known is None or values != seen.values:
+    known = seen.variables
+    if known is None or not variables_are_known():
+        values = environ_values()
         known = read_variables()
+        given = {name: value for name, value in zip(ENCODED, values, strict=True) if value is not None}
         with _lock:
             plans.clear()
             _settings.cache_clear()
-            seen.variables, seen.values, seen.quiet = known, values, False
-            seen.present = {name: v for name, v in zip(ENCODED, values, strict=True) if v is not None}.items()
-            seen.absent = _OURS - dict(seen.present).keys()
-            seen.quiet = not seen.present
+            seen.variables, seen.quiet = known, False
+            seen.present, seen.absent = given.items(), _OURS - given.keys()
+            seen.quiet = not given
     return known
 
 

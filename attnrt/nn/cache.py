@@ -27,6 +27,18 @@ class Turn:
     over = False
 
 
+class Turns:
+    """A cache one of whose steps is valid at a time."""
+
+    def __init__(self) -> None:
+        self._turn = Turn()
+
+    def _next_turn(self) -> Turn:
+        self._turn.over = True
+        self._turn = Turn()
+        return self._turn
+
+
 class CacheStep:
     """One forward's place in a cache. It holds until the cache is extended, truncated, reordered or emptied.
 
@@ -77,7 +89,7 @@ class CacheStep:
         return self.cache._write(layer, k, v, self._where)
 
 
-class KVCache:
+class KVCache(Turns):
     """Keys and values of every layer in (layers, B, max_length, groups, D) buffers.
 
     With `fixed_shapes` attention always sees the whole buffer and the lengths as data, so that every decode step has
@@ -110,7 +122,7 @@ class KVCache:
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=self.device)
         """Tokens held for each sequence."""
         self._known = [0] * batch
-        self._turn = Turn()
+        super().__init__()
         self._rows = torch.arange(batch, device=self.device)[:, None]
 
     @classmethod
@@ -200,11 +212,6 @@ class KVCache:
             pool[:, held] = pool[:, held].index_select(0, chosen)
         self.lengths.copy_(self.lengths.index_select(0, chosen))
         self._known = [self._known[i] for i in order]
-
-    def _next_turn(self) -> Turn:
-        self._turn.over = True
-        self._turn = Turn()
-        return self._turn
 
 
 def checked_counts(tokens: int, counts: Any, batch: int) -> list[int]:

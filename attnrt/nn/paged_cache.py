@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from attnrt.errors import ArgumentError
-from attnrt.nn.cache import CacheStep, Turn, checked_counts, checked_order, kept_lengths
+from attnrt.nn.cache import CacheStep, Turns, checked_counts, checked_order, kept_lengths
 from attnrt.request import check_size
 
 if TYPE_CHECKING:
     from attnrt.nn.config import ModelConfig
 
 
-class PagedKVCache:
+class PagedKVCache(Turns):
     """Keys and values in pages that sequences take as they grow and give back when they end.
 
     Each layer has a pool (pages, page_size, groups, D); a page holds the same tokens in every layer, so there is one
@@ -64,7 +64,7 @@ class PagedKVCache:
         self._free = list(range(pages))[::-1]
         self._holders: Counter[int] = Counter()
         """How many sequences hold a page; none that is free is in it."""
-        self._turn = Turn()
+        super().__init__()
 
     @classmethod
     def of(cls, config: ModelConfig, batch: int, pages: int, page_size: int, **options: Any) -> PagedKVCache:
@@ -220,8 +220,3 @@ class PagedKVCache:
         """Give every page back."""
         for sequence in range(self.batch):
             self.release(sequence)
-
-    def _next_turn(self) -> Turn:
-        self._turn.over = True
-        self._turn = Turn()
-        return self._turn

@@ -9,14 +9,12 @@ import itertools
 import math
 import random
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import teams
 import torch
+from sm90 import REGISTERS, SHARED_LIMIT, Compiled, compiled
 from teams import Pointer, barriers, memory
 
 triton = pytest.importorskip("triton", reason="needs triton")
@@ -26,9 +24,6 @@ from attnrt.request import AttentionRequest  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not hopper.available(), reason=str(hopper.MISSING))
 PING_PONG = True
-SHARED_LIMIT = 227 << 10
-REGISTERS = 168
-"""Of a thread at the start: 65,536 / (12 warps * 32). The consumers then take from the producer."""
 
 
 # --- What the compiler makes of it -----------------------------------------------------------------------------------
@@ -49,20 +44,10 @@ VARIANTS += [Variant(*v) for v in itertools.product(DIMS, ("bf16",), (False,), (
 VARIANTS += [Variant(dim, "bf16", False, folded=True) for dim in DIMS]
 
 
-class Compiled(NamedTuple):
-    registers: int
-    stack: int
-    shared: int
-    ptx: str
-    sass: str
-
-
 def compile_for_sm90(variant: Variant) -> Compiled:
-    from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon._runtime import GluonASTSource
 
-    tile, names = hopper.hopper_tiles()[variant.dim], hopper_kernel.forward.arg_names
+    tile = hopper.hopper_tiles()[variant.dim]
     dtype = gl.bfloat16 if variant.dtype == "bf16" else gl.float16
 
     def descriptor(rows: int) -> str:
@@ -79,30 +64,7 @@ def compile_for_sm90(variant: Variant) -> Compiled:
         "PING_PONG": PING_PONG,
         "FOLDED": variant.folded,
     }
-    lengths = ("LENGTHS_Q", "LENGTHS_KV")
-    if variant.lengths == "fixed":
-        constants |= dict.fromkeys(lengths)
-    else:
-        types |= dict.fromkeys(lengths, "*i32")
-    source = GluonASTSource(
-        hopper_kernel.forward,
-        {n: types.get(n, "constexpr" if n in constants else "i32") for n in names},
-        {(names.index(n),): value for n, value in constants.items()},
-        {(names.index(n),): [["tt.divisibility", 16]] for n in ("LSE", "OUT")},
-    )
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": hopper.WARPS})
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-
-        def read(tool: str, *options: str) -> str:
-            command = [tools / tool, *options, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", read("cuobjdump", "-res-usage"))
-        assert usage is not None
-        return Compiled(int(usage[1]), int(usage[2]), kernel.metadata.shared, kernel.asm["ptx"], read("nvdisasm", "-c"))
+    return compiled(hopper_kernel.forward, types, constants, variant.lengths != "fixed", ("LSE", "OUT"))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import random
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import teams
 import torch
+from sm90 import REGISTERS, SHARED_LIMIT, Compiled, compiled
 from teams import Pointer, barriers, memory
 
 triton = pytest.importorskip("triton", reason="needs triton")
@@ -22,7 +20,6 @@ from attnrt.request import AttentionRequest  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not hopper.backward_available(), reason=str(hopper_backward.MISSING))
 ROWS, KEYS, PART = 64, 128, 64
-SHARED_LIMIT, REGISTERS = 227 << 10, 168
 NAMES = (
     *("tile_of_program", "first_row", "query_blocks", "fetch", "producer", "in_order_of_threads", "step", "leave"),
     *("start_dq", "add_up"),
@@ -36,20 +33,9 @@ PRODUCTS = {64: 4 + 4 + 4 + 4 + 8, 128: 8 + 8 + 4 + 4 + 8}
 # --- What the compiler makes of it -----------------------------------------------------------------------------------
 
 
-class Compiled(NamedTuple):
-    registers: int
-    stack: int
-    shared: int
-    ptx: str
-    sass: str
-
-
 def compile_for_sm90(dim: int, kind: str, left: bool, lengths: str = "fixed") -> Compiled:
-    from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon._runtime import GluonASTSource
 
-    names = hopper_backward.backward.arg_names
     dtype = gl.bfloat16 if kind == "bf16" else gl.float16
     block = [1, 1, ROWS, dim]
     plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
@@ -59,29 +45,7 @@ def compile_for_sm90(dim: int, kind: str, left: bool, lengths: str = "fixed") ->
     types["SUMS"] = f"tensordesc<fp32[{ROWS * PART // 128}, 128],{plain!r}>"
     types |= dict.fromkeys(("DK_ROWS", "DV_ROWS"), f"*{kind}")
     constants: dict[str, Any] = {"D": dim, "LEFT": left, "PACKED": lengths == "packed"}
-    if lengths == "fixed":
-        constants |= dict.fromkeys(("LENGTHS_Q", "LENGTHS_KV"))
-    else:
-        types |= dict.fromkeys(("LENGTHS_Q", "LENGTHS_KV"), "*i32")
-    source = GluonASTSource(
-        hopper_backward.backward,
-        {n: types.get(n, "constexpr" if n in constants else "i32") for n in names},
-        {(names.index(n),): value for n, value in constants.items()},
-        {(names.index(n),): [["tt.divisibility", 16]] for n in ("DK_ROWS", "DV_ROWS")},
-    )
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": hopper.WARPS})
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-
-        def read(tool: str, *options: str) -> str:
-            command = [tools / tool, *options, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", read("cuobjdump", "-res-usage"))
-        assert usage is not None
-        return Compiled(int(usage[1]), int(usage[2]), kernel.metadata.shared, kernel.asm["ptx"], read("nvdisasm", "-c"))
+    return compiled(hopper_backward.backward, types, constants, lengths != "fixed", ("DK_ROWS", "DV_ROWS"))
 
 
 def loops(sass: str, products: int) -> list[str]:
