@@ -53,12 +53,15 @@ _library.define(
 # The same without gradients and LSE, where every option is a constant: two words instead of seventeen, since a graph
 # hands on each of them anew at each call.
 _library.define(f"attention_inference({_TENSORS}, str call, str choice) -> Tensor", tags=(_compliant,))
+# And the same of q, k and v alone: nine arguments that are None are half of what handing on takes.
+_library.define("attention_plain(Tensor q, Tensor k, Tensor v, str call, str choice) -> Tensor", tags=(_compliant,))
 transform = torch._C._functorch.peek_interpreter_stack
 """The innermost of torch.func's transforms that a call is under, or None."""
 FORWARD = torch.ops.attnrt.attention_forward.default
 FORWARD_DROPOUT = torch.ops.attnrt.attention_forward_dropout.default
 BACKWARD = torch.ops.attnrt.attention_backward.default
 INFERENCE = torch.ops.attnrt.attention_inference.default
+PLAIN = torch.ops.attnrt.attention_plain.default
 
 
 def _options(arguments: Any) -> Options:
@@ -80,29 +83,13 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, 
         return execution.forward(q, k, v, operands, options)
 
 
-def _inference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    seqlens_q: Tensor | None,
-    seqlens_kv: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_kv: Tensor | None,
-    page_table: Tensor | None,
-    call: str,
-    choice: str,
-) -> Tensor:
-    if (
-        mask is bias is alibi_slopes is sinks is None
-        and seqlens_q is seqlens_kv is cu_seqlens_q is cu_seqlens_kv is page_table is None
-    ):
-        return execution.inference(q, k, v, NO_OPERANDS, call, choice)
-    operands = Operands(mask, bias, alibi_slopes, sinks, seqlens_q, seqlens_kv, cu_seqlens_q, cu_seqlens_kv, page_table)
-    return execution.inference(q, k, v, operands, call, choice)
+def _inference(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
+    *tensors, call, choice = arguments
+    return execution.inference(q, k, v, _given(*tensors), call, choice)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, call: str, choice: str) -> Tensor:
+    return execution.inference(q, k, v, NO_OPERANDS, call, choice)
 
 
 def _backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -268,6 +255,7 @@ for _operator, _run, _fake, _keep, _grads in (
     (FORWARD_DROPOUT, _forward, _forward_fake, _save, _differentiate),
     (BACKWARD, _backward, _backward_fake, _keep_nothing, _no_second_derivative),
     (INFERENCE, _inference, _inference_fake, _keep_nothing, _nothing_kept),
+    (PLAIN, _plain, _inference_fake, _keep_nothing, _nothing_kept),
 ):
     _library.impl(_operator, _run, "CompositeExplicitAutograd")
     _library.impl(_operator, _differentiable(_operator, _run, _keep, _grads), "Autograd", with_keyset=True)

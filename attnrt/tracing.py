@@ -122,7 +122,9 @@ def attention(
     operator: Any = operators.FORWARD_DROPOUT if dropout_p else operators.FORWARD
     arguments: tuple[Any, ...] = (q, k, v, *operands, *options, blocks, choice, grads)
     if lean:
-        operator, arguments = operators.INFERENCE, (q, k, v, *operands, in_words(*options), choice)
+        plain = all([t is None for t in operands])  # noqa: C419  dynamo follows lists
+        operator = operators.PLAIN if plain else operators.INFERENCE
+        arguments = (q, k, v, *(() if plain else operands), in_words(*options), choice)
     elif not torch.compiler.is_compiling() and operators.transform() is not None:
         operator = operators.Transformed.apply
     if autocast:

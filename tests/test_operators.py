@@ -140,8 +140,14 @@ LEAN: dict[str, Callable[[], Case]] = {
 @pytest.mark.parametrize("name", LEAN)
 def test_opcheck_of_inference(name: str) -> None:
     case = LEAN[name]()
-    torch.library.opcheck(operators.INFERENCE, lean(case))
-    torch.testing.assert_close(operators.INFERENCE(*lean(case)), operators.FORWARD(*arguments(case))[0].detach())
+    given = lean(case)
+    out = operators.INFERENCE(*given)
+    torch.library.opcheck(operators.INFERENCE, given)
+    torch.testing.assert_close(out, operators.FORWARD(*arguments(case))[0].detach())
+    if case.operands == Operands():
+        alone = *given[:3], *given[-2:]
+        torch.library.opcheck(operators.PLAIN, alone)
+        assert torch.equal(operators.PLAIN(*alone), out)
 
 
 @settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -306,10 +312,10 @@ def test_inference_loses_no_gradient_in_silence() -> None:
     given = lean(Case(q, k, v, "bhsd"))
     for which in range(3):
         leaves = [t.detach().requires_grad_(i == which) for i, t in enumerate((q, k, v))]
-        out = operators.INFERENCE(*leaves, *given[3:])
-        assert out.requires_grad
-        with pytest.raises(attnrt.GradientError, match="nothing wanted a gradient"):
-            out.sum().backward()
+        for out in (operators.INFERENCE(*leaves, *given[3:]), operators.PLAIN(*leaves, *given[-2:])):
+            assert out.requires_grad
+            with pytest.raises(attnrt.GradientError, match="nothing wanted a gradient"):
+                out.sum().backward()
         with torch.no_grad():
             assert not operators.INFERENCE(*leaves, *given[3:]).requires_grad
 
@@ -337,7 +343,8 @@ def test_modes_see_the_operators(recording: bool) -> None:
             out.sum().backward()
         given = lean(Case(q, k, v, "bhsd"))
         operators.INFERENCE(*given)
-    wanted = [operators.FORWARD, *([operators.BACKWARD] if recording else []), operators.INFERENCE]
+        operators.PLAIN(*given[:3], *given[-2:])
+    wanted = [operators.FORWARD, *([operators.BACKWARD] if recording else []), operators.INFERENCE, operators.PLAIN]
     assert [o for o in seen.operators if o.namespace == "attnrt"] == wanted
     with FakeTensorMode() as mode:
         out = operators.INFERENCE(*(mode.from_tensor(t) for t in given[:3]), *given[3:])

@@ -15,7 +15,7 @@ from attnrt.distributed.dtensor import DIMS, LSE
 from attnrt.errors import ArgumentError
 from attnrt.execution import Options, settled
 from attnrt.operands import Operands
-from attnrt.operators import BACKWARD, FORWARD, FORWARD_DROPOUT, INFERENCE, OPTIONS, TENSORS
+from attnrt.operators import BACKWARD, FORWARD, FORWARD_DROPOUT, INFERENCE, OPTIONS, PLAIN, TENSORS
 
 _NAMES = ("q", "k", "v", *Operands._fields)
 Rule = tuple[list[Any], list[Any]]
@@ -52,7 +52,7 @@ def _backward(grad: Any, *arguments: Any) -> list[Rule]:
 
 
 def _cuts(tensors: Any, layout: str, checked: Any) -> list[tuple[str, list[Any]]]:
-    """(what is cut, placements of all tensors): nothing, the batch, the heads.
+    """(what is cut, placements of the tensors, all of them or q, k and v): nothing, the batch, the heads.
 
     Raises:
         ArgumentError: the sequence is cut.
@@ -65,7 +65,7 @@ def _cuts(tensors: Any, layout: str, checked: Any) -> list[tuple[str, list[Any]]
                 raise ArgumentError("q.placements", spec.placements, said)
     kinds = ["", "h", *("b" if "b" in letters else "")]
     return [
-        (kind, [_placed(name, spec, kind, layout) for name, spec in zip(_NAMES, tensors, strict=True)])
+        (kind, [_placed(name, spec, kind, layout) for name, spec in zip(_NAMES, tensors, strict=False)])
         for kind in kinds
     ]
 
@@ -99,5 +99,5 @@ def _gradient(placement: Any, kind: str) -> Any:
 
 
 register_sharding([FORWARD, FORWARD_DROPOUT])(_forward)
-register_sharding(INFERENCE)(_inference)
+register_sharding([INFERENCE, PLAIN])(_inference)
 register_sharding(BACKWARD)(_backward)
