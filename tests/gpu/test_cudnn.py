@@ -7,8 +7,6 @@ tests: `PYTHONPATH=.:tests:tests/gpu python tests/gpu/test_cudnn.py --part 3 --s
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -38,6 +36,7 @@ from devices import on_gpu, packed
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from oracle import Case, assert_agrees
 from paging import paged
+from parts import PARTS, Parts
 from running import run
 
 from attnrt.backends.base import FEATURE_NAMES, reasons
@@ -45,8 +44,6 @@ from attnrt.operands import Operands
 
 pytestmark = NEEDS
 HERE = Path(__file__).resolve()
-ROOT = HERE.parents[2]
-PARTS = max(1, min(10, (os.cpu_count() or 1) - 4))
 SECONDS = 45
 """For each part of the random grid, besides the start."""
 MOST_FAILURES = 12
@@ -58,24 +55,11 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def parts(own_cache: Path, request: pytest.FixtureRequest) -> Iterator[dict[int, subprocess.Popen[str]]]:
-    """The random grid, started before the first test if any of its tests will be asked for."""
-    asked = any(item.name.startswith("test_random") for item in request.session.items)
-    numbers = range(PARTS if asked else 0)
-    started = {n: python(str(HERE), "--part", str(n), "--seconds", str(SECONDS), cache=own_cache) for n in numbers}
-    yield started
-    for process in started.values():
-        process.kill()
-        process.wait()
-
-
-def python(*arguments: str, cache: Path) -> subprocess.Popen[str]:
-    paths = (str(ROOT), str(ROOT / "tests"), str(HERE.parent), os.environ.get("PYTHONPATH", ""))
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-    env["ATTNRT_CACHE_DIR"] = str(cache)
-    return subprocess.Popen(
-        [sys.executable, *arguments], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def parts(own_cache: Path, request: pytest.FixtureRequest) -> Iterator[Parts]:
+    made = Parts(HERE, SECONDS, {"ATTNRT_CACHE_DIR": str(own_cache)})
+    made.begin(request.session.items)
+    yield made
+    made.close()
 
 
 SMOKE: dict[str, Any] = {
@@ -318,16 +302,8 @@ def random_part(number: int, seconds: float) -> tuple[int, list[str]]:
 
 
 @pytest.mark.parametrize("number", range(PARTS))
-def test_random(parts: dict[int, subprocess.Popen[str]], number: int) -> None:
-    try:
-        said, _ = parts[number].communicate(timeout=SECONDS + 30)
-    except subprocess.TimeoutExpired:
-        parts[number].kill()
-        said, _ = parts[number].communicate()
-        pytest.fail(f"not done {SECONDS + 30} s after it was waited for: {said[-3000:]}", pytrace=False)
-    if parts[number].returncode:
-        pytest.fail(said[-6000:], pytrace=False)
-    print(said[-200:])
+def test_random(parts: Parts, number: int) -> None:
+    parts.finish(number, patience=30)
 
 
 def main() -> None:

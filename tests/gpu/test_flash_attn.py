@@ -1,8 +1,7 @@
 """Each generation of flash-attn that is installed, on a GPU: against the float64 oracle, our Triton kernel and PyTorch.
 
-flash-attn 4 compiles for seconds where it runs for microseconds, so this wants `pytest -n 8 --dist worksteal`, and the
-random grid is cut into parts: one of `pytest`'s workers runs each, or, where it has none, a process beside the other
-tests, as `python tests/gpu/test_flash_attn.py --part 3 --seconds 60` does.
+flash-attn 4 compiles for seconds where it runs for microseconds, so this wants `pytest -n 8 --dist worksteal`; a part
+of the random grid alone: `PYTHONPATH=.:tests:tests/gpu python tests/gpu/test_flash_attn.py --part 3 --seconds 60`.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from devices import call, lengths, on_gpu, packed, poisoned, without_stray_nan
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from oracle import Case, assert_agrees, gradients
 from paging import paged
+from parts import PARTS, Parts
 from running import run
 from torch import Tensor
 
@@ -36,10 +36,8 @@ from attnrt.operands import Operands
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[2]
 GENERATIONS: dict[str, FlashAttention] = {g.name: g for g in (FlashAttention2(), FlashAttention3(), FlashAttention4())}
-PARTS = max(1, min(8, (os.cpu_count() or 1) - 4))
 SECONDS = float(os.environ.get("GPU_RANDOM_SECONDS", "45"))
 """For each part of the random grid, besides the start."""
-IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 DIMS = (16, 40, 64, 96, 128, 192, 256)
 HALF = (torch.bfloat16, torch.float16)
 
@@ -130,21 +128,12 @@ def random_part(number: int, seconds: float) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def parts() -> Iterator[dict[int, subprocess.Popen[str]]]:
-    """They start with the first test here and run beside the others; none where the tests themselves are spread."""
-    paths = (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", ""))
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-    started = {
-        n: subprocess.Popen(
-            [sys.executable, str(HERE), "--part", str(n), "--seconds", str(SECONDS)],
-            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for n in (range(PARTS) if PRESENT and not IN_WORKER else ())
-    }  # fmt: skip
-    yield started
-    for process in started.values():
-        process.kill()
-        process.wait()
+def parts(request: pytest.FixtureRequest) -> Iterator[Parts]:
+    made = Parts(HERE, SECONDS)
+    if PRESENT:
+        made.begin(request.session.items)
+    yield made
+    made.close()
 
 
 # --- Sizes that have many tiles ----------------------------------------------------------------------------------
@@ -409,18 +398,11 @@ def once() -> None:
 
 # Last, since it waits for what runs beside the others.
 @pytest.mark.parametrize("number", range(PARTS))
-def test_random(parts: dict[int, subprocess.Popen[str]], number: int) -> None:
+def test_random(parts: Parts, number: int) -> None:
     """The grid of tests/cases.py against the float64 oracle on the CPU: forward, LSE and every gradient."""
     if not PRESENT:
         pytest.skip("no generation of flash-attn is installed for this GPU")
-    if IN_WORKER:
-        ran = random_part(number, SECONDS)
-        print(ran)
-        assert all(ran.values()), "a generation ran no call"
-        return
-    said, _ = parts[number].communicate(timeout=SECONDS + 300)
-    assert parts[number].returncode == 0, said[-6000:]
-    print(said[-200:])
+    parts.finish(number, patience=300)
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from cases import cases
 from devices import call, lengths, on_gpu, packed, poisoned
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from oracle import Case, assert_agrees, gradients
+from parts import PARTS, Parts
 from running import run
 from torch import Tensor
 
@@ -40,7 +41,6 @@ pytestmark = [
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[2]
 KERNELS: dict[str, Kernel] = {k.name: k for k in TritonBackend().kernels}
-PARTS = max(1, min(10, (os.cpu_count() or 1) - 4))
 SECONDS = 60
 """For each part of the random grid, besides the start."""
 LOADS = ("descriptors", "pointers")
@@ -100,22 +100,11 @@ def random_part(number: int, seconds: float) -> int:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def parts(request: pytest.FixtureRequest) -> Iterator[dict[int, subprocess.Popen[str]]]:
-    """Those that were asked for start with the first test here and run beside the others."""
-    here = [x for x in request.session.items if x.path.resolve() == HERE and isinstance(x, pytest.Function)]
-    paths = (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", ""))
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-    started = {
-        n: subprocess.Popen(
-            [sys.executable, str(HERE), "--part", str(n), "--seconds", str(SECONDS)],
-            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for n in sorted(x.callspec.params["number"] for x in here if x.originalname == "test_random")
-    }  # fmt: skip
-    yield started
-    for process in started.values():
-        process.kill()
-        process.wait()
+def parts(request: pytest.FixtureRequest) -> Iterator[Parts]:
+    made = Parts(HERE, SECONDS)
+    made.begin(request.session.items)
+    yield made
+    made.close()
 
 
 # --- Sizes that have many tiles ----------------------------------------------------------------------------------
@@ -336,11 +325,9 @@ def small() -> None:
 
 # Last, since it waits for what runs beside the others.
 @pytest.mark.parametrize("number", range(PARTS))
-def test_random(parts: dict[int, subprocess.Popen[str]], number: int) -> None:
+def test_random(parts: Parts, number: int) -> None:
     """The grid of tests/cases.py against the float64 oracle on the CPU: forward, LSE and every gradient."""
-    said, _ = parts[number].communicate(timeout=SECONDS + 300)
-    assert parts[number].returncode == 0, said[-6000:]
-    print(said[-200:])
+    parts.finish(number, patience=300)
 
 
 def main() -> None:
