@@ -51,7 +51,9 @@ class patch_sdpa:
 
     Patches nest: the innermost one's options count, and PyTorch's function is back when the last is undone, in
     whatever order and thread. A module that did `from torch.nn.functional import scaled_dot_product_attention` holds
-    PyTorch's own; a warning names those there are, and `modules` reaches them.
+    PyTorch's own; a warning names those there are, and `modules` reaches them. A `with` of one that was undone puts it
+    back in force, and of several around each other the outermost undoes it. `sdpa_kernel(...)` blocks choose among
+    PyTorch's kernels, and so only for calls that are passed on.
 
     Args:
         backend, policy: as in `attention`. A forced backend that cannot serve a call raises; nothing is passed on.
@@ -75,7 +77,8 @@ class patch_sdpa:
         self.backend, self.policy, self.strict = backend, policy, strict
         self._passed: dict[tuple[str, str], int] = {}
         self._served: dict[str, int] = {}
-        _install(self, _named(modules))
+        self._modules, self._depth = _named(modules), 0
+        _install(self, self._modules)
 
     @property
     def passed_through(self) -> tuple[PassedThrough, ...]:
@@ -96,10 +99,15 @@ class patch_sdpa:
         _remove(self)
 
     def __enter__(self) -> patch_sdpa:
+        if not self.active:
+            _install(self, self._modules)
+        self._depth += 1
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.undo()
+        self._depth -= 1
+        if not self._depth:
+            self.undo()
 
     def __repr__(self) -> str:
         lines = [f"attnrt.patch_sdpa, {'in force' if self.active else 'undone'}"]

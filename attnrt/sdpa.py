@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ def against(q: Any, k: Any, v: Any, mask: Any, dropout_p: Any, is_causal: Any, s
     """Why attnrt cannot serve the call with PyTorch's meaning; None if it can. Also of calls that are plain wrong:
     PyTorch's own error is the right one for those."""
     for name, t in (("query", q), ("key", k), ("value", v), ("attn_mask", mask)):
-        if t is not None and type(t) not in _PLAIN:
+        if type(t) not in _PLAIN and (t is not None or name != "attn_mask"):
             return f"{name} is a {type(t).__name__}, not a plain tensor"
         if isinstance(t, Tensor) and t.layout != torch.strided:
             return f"{name} is not a dense tensor"
@@ -26,6 +27,8 @@ def against(q: Any, k: Any, v: Any, mask: Any, dropout_p: Any, is_causal: Any, s
         return "query, key and value do not have the same number of dims, or fewer than 2"
     if type(is_causal) is not bool or type(gqa) is not bool or not (scale is None or type(scale) in (int, float)):
         return "is_causal, scale or enable_gqa is not a plain Python value"
+    if scale is not None and not math.isfinite(scale):
+        return "scale is not finite"
     if type(dropout_p) not in (int, float) or not 0 <= dropout_p < 1:
         return "dropout_p is not a number in [0, 1)"
     if mask is not None and is_causal:

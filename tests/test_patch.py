@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import types
@@ -166,6 +167,7 @@ PASSED: dict[str, tuple[Callable[[], tuple[Any, dict[str, Any]]], str]] = {
     "mask and is_causal": (lambda: ([t(*Q)] * 3, {"attn_mask": MASK, "is_causal": True}), "together with is_causal"),
     "all dropped": (lambda: ([t(*Q)] * 3, {"dropout_p": 1.0}), "dropout_p is not a number in"),
     "a subclass": (lambda: ((t(*Q).as_subclass(Subclass), t(*Q), t(*Q)), {}), "query is a Subclass"),
+    "scale without an end": (lambda: ([t(*Q)] * 3, {"scale": math.inf}), "scale is not finite"),
     "scale as a tensor": (lambda: ([t(*Q)] * 3, {"scale": torch.tensor(0.5)}), "not a plain Python value"),
     "heads of key and value": (
         lambda: ((t(*Q), t(*KV), t(2, 1, 8, 16)), {"enable_gqa": True}),
@@ -184,6 +186,7 @@ REFUSED: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "mask shape": lambda: ([t(*Q)] * 3, {"attn_mask": t(3, 3)}),
     "mask dims": lambda: ([t(*Q)] * 3, {"attn_mask": t(8)}),
     "no tensor": lambda: (([1.0], t(*Q), t(*Q)), {}),
+    "None": lambda: ((t(*Q), None, t(*Q)), {}),
 }
 
 
@@ -194,7 +197,9 @@ def test_passed_on_and_said_so(name: str) -> None:
     want = C.scaled_dot_product_attention(*args, **kwargs)
     with attnrt.patch_sdpa() as patch:
         with pytest.warns(attnrt.PassThroughWarning, match=says):
-            assert torch.equal(F.scaled_dot_product_attention(*args, **kwargs), want)
+            torch.testing.assert_close(
+                F.scaled_dot_product_attention(*args, **kwargs), want, rtol=0, atol=0, equal_nan=True
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # once for each reason
             F.scaled_dot_product_attention(*args, **kwargs)
@@ -296,6 +301,18 @@ def test_function_with_undo() -> None:
     patch.undo()
     patch.undo()
     assert not patch.active and F.scaled_dot_product_attention is C.scaled_dot_product_attention
+
+
+def test_entered_again() -> None:
+    """A block is in force to its end, whatever was entered and left before or inside."""
+    patch, q = attnrt.patch_sdpa(backend="reference"), t(*Q)
+    for _ in range(2):
+        with patch:
+            with patch:
+                assert patch.active
+            F.scaled_dot_product_attention(q, q, q)
+        assert not patch.active and F.scaled_dot_product_attention is C.scaled_dot_product_attention
+    assert patch.served == {"reference": 2}
 
 
 def test_put_back_after_an_error() -> None:

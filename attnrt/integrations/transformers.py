@@ -198,8 +198,9 @@ def _check_agreement(mask: StructuredMask, is_causal: bool | None, sliding_windo
     formula = mask.rules.formula
     if not (mask.rules.readable and mask.structured):
         return
-    if is_causal is not None and is_causal != (formula.right is not None) and mask.shape[2] > 1:
-        says = "causal" if formula.right is not None else "bidirectional"
+    causal = formula.right == 0  # a bidirectional window has as many keys on its right as on its left
+    if is_causal is not None and is_causal != causal and mask.shape[2] > 1:
+        says = "causal" if causal else "bidirectional"
         raise ArgumentError(
             "is_causal", is_causal, f"the mask that the model made is {says}; set config.is_causal, which it is made by"
         )

@@ -80,6 +80,8 @@ def make_mask(
     )
     padding = None
     if attention_mask is not None:
+        if attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size:
+            raise ArgumentError("attention_mask", attention_mask, f"(B, keys) with B = {batch_size} is needed here")
         padding = attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
         if (missing := kv_length - padding.shape[1]) > 0:
             padding = torch.nn.functional.pad(padding, (0, missing))

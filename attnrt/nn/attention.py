@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnrt.errors import ArgumentError
+from attnrt.errors import ArgumentError, ArgumentTypeError
 from attnrt.nn.cache import CacheStep
 from attnrt.nn.config import AttentionConfig
 from attnrt.nn.core import DotProductAttention
@@ -22,6 +22,8 @@ class _Attention(nn.Module):
 
     def __init__(self, config: AttentionConfig, layer: int = 0) -> None:
         super().__init__()
+        if not isinstance(config, AttentionConfig):
+            raise ArgumentTypeError("config", config, "an AttentionConfig is needed: AttentionConfig(**fields)")
         self.config, self.layer = config, layer
         self.core_attention = DotProductAttention.of(config, layer)
         inner = config.num_attention_heads * config.head_dim
@@ -89,6 +91,7 @@ class SelfAttention(_Attention):
             hidden's shape.
         """
         layout = self._format(hidden, cu_seqlens is not None)
+        self._check_unused(seqlens, cu_seqlens, max_seqlen, positions, rotary)
         if step is not None and layout != "thd":
             _check_places("step", step.positions, step.positions.shape, hidden, layout)
         q, k, v = self._project(hidden)
@@ -105,8 +108,6 @@ class SelfAttention(_Attention):
                 cos, sin = (t[None] if layout == "bshd" else t[:, None] for t in (cos, sin))
             q = apply_rotary(q, cos, sin, self.config.rotary_interleaved)
             k = apply_rotary(k, cos, sin, self.config.rotary_interleaved)
-        elif rotary is not None:
-            raise ArgumentError("rotary", rotary, f"position_embedding_type={self.config.position_embedding_type!r}")
         q = q.flatten(-3, -2)
         options: dict[str, Any] = {"core_attention_bias": core_attention_bias, "alibi_slopes": alibi_slopes}
         if step is not None:
@@ -124,6 +125,23 @@ class SelfAttention(_Attention):
             out = self.core_attention(q, k, v, attention_mask, qkv_format=layout, **options)
         projected: Tensor = self.linear_proj(out)
         return projected
+
+    def _check_unused(self, seqlens: Any, cu_seqlens: Any, max_seqlen: Any, positions: Any, rotary: Any) -> None:
+        """Nothing that arrives is passed over."""
+        if cu_seqlens is None:
+            if max_seqlen is not None:
+                raise ArgumentError("max_seqlen", max_seqlen, "goes with cu_seqlens; else the length is in the shape")
+        elif not isinstance(cu_seqlens, Tensor):
+            raise ArgumentTypeError("cu_seqlens", cu_seqlens, "a (B + 1,) int32 tensor is needed")
+        elif seqlens is not None:
+            raise ArgumentError("seqlens", seqlens, "cu_seqlens says the lengths already")
+        if positions is not None and rotary is not None:
+            raise ArgumentError("positions", positions, "rotary holds their cos and sin already; give one of them")
+        if self.rotary is None:
+            for name, value in (("positions", positions), ("rotary", rotary)):
+                if value is not None:
+                    kind = self.config.position_embedding_type
+                    raise ArgumentError(name, value, f"position_embedding_type={kind!r} has no use for it")
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q as (..., groups, heads per group, D), k and v as (..., groups, D)."""
@@ -185,7 +203,7 @@ class CrossAttention(_Attention):
         context: Tensor | None = None,
         *,
         keys_values: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
         seqlens_q: Tensor | None = None,
         seqlens_kv: Tensor | None = None,
         cu_seqlens_q: Tensor | None = None,
@@ -194,7 +212,10 @@ class CrossAttention(_Attention):
         max_seqlen_kv: int | None = None,
         core_attention_bias: Tensor | None = None,
     ) -> Tensor:
-        """hidden's shape. `context`, or `keys_values` of one; the rest as in `DotProductAttention`."""
+        """hidden's shape. `context`, or `keys_values` of one; the rest as in `DotProductAttention`.
+
+        A padding mask is a pair, (queries', context's), either None: one alone might mean either.
+        """
         if (context is None) == (keys_values is None):
             raise ArgumentError("context", context, "one of context and keys_values is needed")
         layout = self._format(hidden, cu_seqlens_q is not None)
@@ -205,6 +226,9 @@ class CrossAttention(_Attention):
         mask_type = "no_mask"
         if attention_mask is not None:
             mask_type = "arbitrary" if config.attn_mask_type == "arbitrary" else "padding"
+            if mask_type == "padding" and isinstance(attention_mask, Tensor):
+                said = "a pair of padding masks is needed, (queries', context's), either None; or seqlens_kv"
+                raise ArgumentError("attention_mask", attention_mask, said)
         options: dict[str, Any] = {"seqlens_q": seqlens_q, "seqlens_kv": seqlens_kv}
         options |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv}
         options |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_kv": max_seqlen_kv}

@@ -111,6 +111,8 @@ class KVCache(Turns):
         fixed_shapes: bool | None = None,
     ) -> None:
         sizes = {"layers": layers, "batch": batch, "max_length": max_length, "groups": groups, "head_dim": head_dim}
+        if head_dim_v is not None:
+            sizes["head_dim_v"] = head_dim_v
         for name, size in sizes.items():
             check_size(name, size, at_least=1)
         self.batch, self.max_length, self.device = batch, max_length, torch.device(device)
@@ -118,7 +120,7 @@ class KVCache(Turns):
         # One slot more than asked: tokens that are padding of a ragged chunk go there.
         shape = (layers, batch, max_length + 1, groups)
         self.k = torch.zeros(*shape, head_dim, dtype=dtype, device=self.device)
-        self.v = torch.zeros(*shape, head_dim_v or head_dim, dtype=dtype, device=self.device)
+        self.v = torch.zeros(*shape, head_dim if head_dim_v is None else head_dim_v, dtype=dtype, device=self.device)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=self.device)
         """Tokens held for each sequence."""
         self._known = [0] * batch

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from attnrt.errors import ArgumentTypeError, ConfigError, UnknownNameError
 
 Size = Annotated[int, Field(gt=0, strict=True)]
+Bound = Annotated[int, Field(strict=True)]
 MaskType = Literal[
     "no_mask",
     "padding",
@@ -64,6 +65,9 @@ class RopeScaling(_Config):
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
+        unused = {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"} & self.model_fields_set
+        if self.type == "linear" and unused:
+            raise ValueError(f"type='linear' has no use for {', '.join(sorted(unused))}")
         if self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(f"high_freq_factor must be over low_freq_factor={self.low_freq_factor}")
         return self
@@ -96,7 +100,7 @@ class AttentionConfig(_Config):
     num_query_groups: Annotated[int, Field(strict=True)] | None = None
     kv_channels: Size | None = None
     attn_mask_type: MaskType = "causal"
-    window_size: tuple[int, int] | None = None
+    window_size: tuple[Bound, Bound] | None = None
     window_attn_skip_freq: Size | tuple[Literal[0, 1], ...] | None = None
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     softmax_scale: Annotated[float, Field(gt=0)] | None = None
@@ -140,6 +144,8 @@ class AttentionConfig(_Config):
             wrong.append(f"window_size={list(self.window_size)}: bounds are 0 or more, or -1 for unbounded")
         if self.window_attn_skip_freq is not None and self.window_size is None:
             wrong.append(f"window_attn_skip_freq={self.window_attn_skip_freq}: there is no window_size to skip")
+        if self.rope_scaling is not None and self.position_embedding_type != "rope":
+            wrong.append(f"rope_scaling: position_embedding_type={self.position_embedding_type!r} has no use for it")
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
@@ -208,6 +214,23 @@ def model_names() -> tuple[str, ...]:
     return tuple(sorted(name for name in found if not name.startswith("_")))
 
 
+class _Once(yaml.SafeLoader):
+    """YAML in which no field is there twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)}: there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8: {error}") from None
+
+
 def load_config(source: str | os.PathLike[str], **changes: Any) -> ModelConfig:
     """A model's config by its name under configs/models, or from a YAML file, with fields changed as wanted.
 
@@ -220,16 +243,16 @@ def load_config(source: str | os.PathLike[str], **changes: Any) -> ModelConfig:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise UnknownNameError("source", str(source), (*model_names(), "or a YAML file that exists"))
-        text = path.read_text()
+        text = _read(path)
     elif str(source) in model_names():
         text = files("attnrt.configs").joinpath("models", f"{source}.yaml").read_text()
     else:
         raise UnknownNameError("source", str(source), model_names())
     try:
-        fields = yaml.safe_load(text)
+        fields = yaml.load(text, _Once)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: {error}") from None
-    if not isinstance(fields, dict):
+    if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
         raise ConfigError(f"{source}: must be a mapping of fields to values")
     try:
         return ModelConfig(**{**fields, **changes})

@@ -105,7 +105,7 @@ class DotProductAttention(nn.Module):
         query_layer: Tensor,
         key_layer: Tensor,
         value_layer: Tensor,
-        attention_mask: Tensor | tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
         *,
         qkv_format: str | None = None,
         attn_mask_type: MaskType | None = None,
@@ -126,8 +126,8 @@ class DotProductAttention(nn.Module):
             query_layer: (S, B, heads, D) in "sbhd", (B, S, heads, D) in "bshd", (T, heads, D) in "thd".
             key_layer, value_layer: the same with num_query_groups heads.
             attention_mask: bool, **True = masked out**, the opposite of attnrt.attention's. For the "padding" types
-                (B, 1, 1, S), right-padded, or a pair of them for queries and keys; for "arbitrary" any shape that
-                broadcasts to (B, heads, Sq, Skv). Other types take none.
+                (B, 1, 1, S), right-padded, or a pair of them for queries and keys, either None; for "arbitrary" any
+                shape that broadcasts to (B, heads, Sq, Skv). Other types take none.
             qkv_format, attn_mask_type, window_size: instead of the module's.
             cu_seqlens_q, cu_seqlens_kv: (B + 1,) int32; for "thd", or in place of a padding mask.
             seqlens_q, seqlens_kv: (B,) int32, in place of a padding mask.
@@ -135,9 +135,14 @@ class DotProductAttention(nn.Module):
 
         Returns:
             The same leading dims, then heads * Dv.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: other heads or head dims than the module's, or what `attention` raises.
         """
         layout = self.qkv_format if qkv_format is None else _format(qkv_format)
         mask_type = self.attn_mask_type if attn_mask_type is None else _mask_type(attn_mask_type)
+        self._check_heads("query_layer", query_layer, self.num_attention_heads)
+        self._check_heads("key_layer", key_layer, self.num_query_groups)
         causal, alignment = _BANDS[mask_type]
         window = self.window if window_size is None else _window(window_size)
         if window is not None and alignment is None:
@@ -180,6 +185,19 @@ class DotProductAttention(nn.Module):
             backend=self.backend,
             policy=self.policy,
         ).flatten(-2)
+
+    def _check_heads(self, name: str, tensor: Tensor, heads: int) -> None:
+        """value_layer's heads are key_layer's, which `attention` sees to; its head dim may be another."""
+        if isinstance(tensor, Tensor) and tensor.ndim >= 2 and tensor.shape[-2:] != (heads, self.kv_channels):
+            said = f"must end in (heads, head dim) = ({heads}, {self.kv_channels}), as this module was made for"
+            raise ArgumentError(name, tensor, said)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> DotProductAttention:
+        """Made on the meta device and given memory: the zeros of "off-by-one" are in no checkpoint."""
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if self.softmax_type == "off-by-one" and self.softmax_offset is not None:
+            self.softmax_offset = torch.zeros_like(self.softmax_offset)
+        return self
 
     def extra_repr(self) -> str:
         kept = ("num_attention_heads", "num_query_groups", "kv_channels", "qkv_format", "attn_mask_type", "window_size")
@@ -227,11 +245,13 @@ def _masked(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(mask, seqlens_q, seqlens_kv) for attnrt.attention."""
     pair = mask if isinstance(mask, (tuple, list)) else (mask, mask)
+    if len(pair) != 2 or all(one is None for one in pair):
+        raise ArgumentError("attention_mask", mask, "a mask or a pair of them is needed, (queries', keys')")
     for one in pair:
-        if not isinstance(one, Tensor) or one.dtype != torch.bool:
+        if one is not None and (not isinstance(one, Tensor) or one.dtype != torch.bool):
             raise ArgumentTypeError("attention_mask", one, "a bool tensor is needed, True = masked out")
     if mask_type == "arbitrary":
-        if pair[0] is not pair[1]:
+        if pair[0] is None or pair[0] is not pair[1]:
             raise ArgumentError("attention_mask", mask, "attn_mask_type='arbitrary' takes one mask")
         return ~pair[0], seqlens_q, seqlens_kv
     if not mask_type.startswith("padding"):
@@ -242,8 +262,10 @@ def _masked(
     return None, lengths_q, lengths_q if pair[0] is pair[1] else _right_padded(pair[1])
 
 
-def _right_padded(mask: Tensor) -> Tensor:
+def _right_padded(mask: Tensor | None) -> Tensor | None:
     """(B,) int32 lengths of a (B, 1, 1, S) padding mask. That padding is on the right is seen on the CPU only."""
+    if mask is None:
+        return None
     if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != 1:
         raise ArgumentError("attention_mask", mask, "a padding mask has shape (B, 1, 1, S)")
     mask = mask[:, 0, 0]

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from attnrt.errors import ArgumentError, UnknownNameError
 from attnrt.nn.attention import CrossAttention, SelfAttention
+from attnrt.nn.config import divisors
+from attnrt.request import check_size
 
 FUSED = ("linear_qkv", "linear_kv")
 _OLD_NAMES = {"query_key_value": "linear_qkv", "key_value": "linear_kv", "query": "linear_q", "dense": "linear_proj"}
@@ -40,8 +42,10 @@ def fuse_qkv(q: Tensor, k: Tensor, v: Tensor, groups: int) -> Tensor:
 
 def split_qkv(fused: Tensor, heads: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """The reverse of `fuse_qkv`: (heads + 2 * groups) * D rows to q, k and v."""
+    check_size("heads", heads, at_least=1)
+    check_size("groups", groups, at_least=1)
     if heads % groups:
-        raise ArgumentError("groups", groups, f"must divide heads={heads}")
+        raise ArgumentError("groups", groups, f"must divide heads={heads}, so be one of {divisors(heads)}")
     _check_rows("fused", fused, heads + 2 * groups)
     per_group, dim, rest = heads // groups, fused.shape[0] // (heads + 2 * groups), fused.shape[1:]
     mixed = fused.reshape(groups, per_group + 2, dim, *rest)
@@ -83,6 +87,7 @@ def merge_tensor_parallel(shards: Sequence[Mapping[str, Tensor]]) -> dict[str, T
 
 def split_tensor_parallel(state: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
     """One rank's weights each, for `size` tensor-parallel ranks."""
+    check_size("size", size, at_least=1)
     found: list[dict[str, Tensor]] = [{} for _ in range(size)]
     for name, tensor in state.items():
         axis = _axis(name)
@@ -164,7 +169,9 @@ def load_megatron(
 
 
 def _fused(name: str) -> bool:
-    return name.split(".")[-2] in FUSED if "." in name else False
+    """Rows of several projections; not, say, `linear_qkv.layer_norm_weight`, the norm that Transformer Engine fuses."""
+    module, _, kind = name.rpartition(".")
+    return module.rpartition(".")[2] in FUSED and kind in ("weight", "bias")
 
 
 def _reordered(tensor: Tensor, heads: int, version: float) -> Tensor:
@@ -186,7 +193,8 @@ def _axis(name: str) -> int | None:
     module = _OLD_NAMES.get(module, module)
     if module == "linear_proj":
         return 1 if kind == "weight" else None
-    return 0 if module in ("linear_qkv", "linear_kv", "linear_q") or kind == "softmax_offset" else None
+    rows = module in (*FUSED, "linear_q", "linear_k", "linear_v") and kind in ("weight", "bias")
+    return 0 if rows or kind == "softmax_offset" else None
 
 
 def _merged(name: str, parts: list[Tensor]) -> Tensor:
@@ -199,6 +207,7 @@ def _merged(name: str, parts: list[Tensor]) -> Tensor:
 
 
 def _check_rows(name: str, tensor: Tensor, parts: int) -> None:
+    check_size("groups", parts, at_least=1)
     if not tensor.ndim or tensor.shape[0] % parts:
         raise ArgumentError(name, tensor, f"its rows must be a multiple of {parts}")
 

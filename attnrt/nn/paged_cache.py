@@ -47,13 +47,14 @@ class PagedKVCache(Turns):
         sizes = {"layers": layers, "batch": batch, "pages": pages, "page_size": page_size}
         for name, size in {**sizes, "groups": groups, "head_dim": head_dim}.items():
             check_size(name, size, at_least=1)
-        if max_length is not None:
-            check_size("max_length", max_length, at_least=1)
+        for name, given in {"max_length": max_length, "head_dim_v": head_dim_v}.items():
+            if given is not None:
+                check_size(name, given, at_least=1)
         self.batch, self.page_size, self.device = batch, page_size, torch.device(device)
         self.max_length = pages * page_size if max_length is None else max_length
         shape = (layers, pages, page_size, groups)
         self.k = torch.zeros(*shape, head_dim, dtype=dtype, device=self.device)
-        self.v = torch.zeros(*shape, head_dim_v or head_dim, dtype=dtype, device=self.device)
+        self.v = torch.zeros(*shape, head_dim if head_dim_v is None else head_dim_v, dtype=dtype, device=self.device)
         width = -(-self.max_length // page_size)
         self.page_table = torch.zeros(batch, width, dtype=torch.int32, device=self.device)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=self.device)

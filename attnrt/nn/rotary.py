@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,10 @@ from attnrt.nn.config import AttentionConfig, RopeScaling
 
 
 class RotaryEmbedding(nn.Module):
-    """Angles for positions. One module serves every layer: call it once a forward and hand the result on."""
+    """Angles for positions. One module serves every layer: call it once a forward and hand the result on.
+
+    `inv_freq` stays float32 when the module is cast: in 16 bits an angle is off by turns from a few hundred positions.
+    """
 
     inv_freq: Tensor
 
@@ -21,12 +25,18 @@ class RotaryEmbedding(nn.Module):
         self.dim, self.base, self.scaling = dim, base, scaling
         self.register_buffer("inv_freq", frequencies(dim, base, scaling), persistent=False)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> RotaryEmbedding:
+        """Moved or cast, or made on the meta device and given memory: the frequencies are worked out again."""
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self.inv_freq = frequencies(self.dim, self.base, self.scaling).to(self.inv_freq.device)
+        return self
+
     @classmethod
     def of(cls, config: AttentionConfig) -> RotaryEmbedding:
         return cls(config.rotary_dim, config.rotary_base, config.rope_scaling)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, each positions.shape + (dim / 2,), float32: an angle in 16 bits would be off by many turns."""
+        """cos and sin, each positions.shape + (dim / 2,), float32."""
         angles = positions[..., None].float() * self.inv_freq.float()
         return angles.cos(), angles.sin()
 

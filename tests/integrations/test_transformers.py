@@ -307,6 +307,14 @@ def test_compiled_in_one_graph(name: str, padded: bool) -> None:
     torch.testing.assert_close(found[real], model(**call).logits[real], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["none", "left", "right"])
+def test_a_bidirectional_window(kind: str, requests: list[attnrt.AttentionRequest]) -> None:
+    """A decoder used as an encoder: as many keys on the right of a query as on its left."""
+    model = make("mistral, sliding window")
+    agree(model, inputs(model, kind) | {"is_causal": False, "use_cache": False}, padding(kind))
+    assert requests and all(not r.causal for r in requests)
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 def test_a_users_own_mask(dtype: torch.dtype, requests: list[attnrt.AttentionRequest]) -> None:
     """A 4-D mask says everything: prefix-LM here, in a model with a sliding window."""
@@ -400,6 +408,9 @@ def test_arguments_that_contradict_the_mask() -> None:
         call(attention_mask=integration.make_mask(1, 5, 6, 1))
     with pytest.raises(ArgumentError, match="new_argument"):
         integration.make_mask(1, 6, 6, new_argument=3)
+    for rows in (1, 2):  # one of them would broadcast
+        with pytest.raises(ArgumentError, match="attention_mask=.* B = 3"):
+            integration.make_mask(3, 6, 6, attention_mask=torch.ones(rows, 6, dtype=torch.bool))
 
 
 def test_without_any_mask_the_module_counts() -> None:

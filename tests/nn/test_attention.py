@@ -10,7 +10,7 @@ from plain_layers import attend, causal, self_attention, separate
 from torch import Tensor
 
 import attnrt
-from attnrt.errors import ArgumentError
+from attnrt.errors import ArgumentError, ArgumentTypeError
 from attnrt.nn import AttentionConfig, CrossAttention, DotProductAttention, KVCache, SelfAttention, split_kv
 
 HIDDEN = 48
@@ -174,7 +174,22 @@ def test_bad_calls() -> None:
     arbitrary = layer(attn_mask_type="arbitrary")  # its mask would be left out
     with torch.no_grad(), pytest.raises(ArgumentError, match="arbitrary"):
         arbitrary(torch.randn(1, 2, HIDDEN).double(), step=KVCache(1, 1, 4, 2, 8, dtype=torch.float64).extend(2))
+    packed, offsets = x[0], torch.tensor([0, 5], dtype=torch.int32)
+    for name, given in {
+        "seqlens": (packed, {"cu_seqlens": offsets, "seqlens": offsets[1:]}),
+        "max_seqlen": (x, {"max_seqlen": 5}),
+        "positions": (x, {"positions": torch.arange(5), "rotary": module.rotary(torch.arange(5))}),
+        "cu_seqlens": (packed, {"cu_seqlens": [0, 5]}),
+    }.items():
+        with pytest.raises((ArgumentError, ArgumentTypeError), match=f"{name}="):
+            module(given[0], **given[1])
+    with pytest.raises(ArgumentError, match="positions="):
+        layer(position_embedding_type="none")(x, positions=torch.arange(5))
+    with pytest.raises(ArgumentTypeError, match="config="):
+        SelfAttention({"hidden_size": 64})  # type: ignore[arg-type]
     cross = CrossAttention(config())
+    with pytest.raises(ArgumentError, match="a pair of padding masks"):
+        cross(x.float(), x.float(), attention_mask=torch.zeros(2, 1, 1, 5, dtype=torch.bool))
     with pytest.raises(ArgumentError, match="keys_values"):
         cross(torch.randn(1, 2, HIDDEN))
     with pytest.raises(ArgumentError, match="context"):

@@ -224,6 +224,13 @@ def test_a_gradient_is_refused() -> None:
 
 
 def test_bad_calls() -> None:
+    for size in (0, -3):
+        for make in (
+            lambda n: KVCache(1, 1, 4, 2, 8, head_dim_v=n),
+            lambda n: PagedKVCache(1, 1, 4, 4, 2, 8, head_dim_v=n),
+        ):
+            with pytest.raises(ArgumentError, match="head_dim_v"):
+                make(size)
     cache = sliced(2)
     for counts in ([1], [3, 1], [-1, 1]):
         with pytest.raises(ArgumentError, match="counts"):

@@ -50,6 +50,10 @@ def test_every_wrong_field_is_named() -> None:
         ({"hidden_size": 65}, "be one of"),
         ({"rotary_percent": 0.1}, "an even number"),
         ({"window_size": (-2, 0)}, "-1 for unbounded"),
+        ({"window_size": (True, 0)}, "integer"),
+        ({"window_size": ("3", "0")}, "integer"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "low_freq_factor": 1.0}}, "no use for low_freq_factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "position_embedding_type": "none"}, "no use for it"),
         ({"window_attn_skip_freq": 2}, "no window_size"),
         ({"attn_mask_type": "causall"}, "causal"),
         ({"softmax_type": "sink"}, "learnable"),
@@ -92,8 +96,15 @@ def test_loading_errors(tmp_path: Path) -> None:
     with pytest.raises(ArgumentTypeError):
         load_config(3)  # type: ignore[arg-type]
     bad = tmp_path / "bad.yaml"
-    for text, said in (("a: [", "bad.yaml"), ("- 1", "mapping"), ("num_layers: 2", "hidden_size")):
-        bad.write_text(text)
+    for text, said in (
+        ("a: [", "bad.yaml"),
+        ("- 1", "mapping"),
+        ("1: 2", "mapping"),
+        ("num_layers: 2", "hidden_size"),
+        ("num_query_groups: 2\nnum_query_groups: 4", "num_query_groups: there twice"),
+        ("name: \udcff", "UTF-8"),
+    ):
+        bad.write_text(text, errors="surrogateescape")
         with pytest.raises(ConfigError, match=said):
             load_config(bad)
     with pytest.raises(ConfigError, match=r"small_gqa: .*\[1, 2, 4, 8\]"):

@@ -191,6 +191,39 @@ def test_bad_options(options: dict[str, Any], name: str) -> None:
         assert "[1, 2, 3, 6]" in str(caught.value)
 
 
+def test_the_zeros_of_off_by_one_after_meta() -> None:
+    with torch.device("meta"):
+        module = DotProductAttention(4, 8, softmax_type="off-by-one")
+    module.to_empty(device="cpu")
+    assert torch.equal(module.softmax_offset, torch.zeros(4))
+
+
+def test_heads_are_the_modules() -> None:
+    """Other ones would be served by `attention`, with another scale or other groups than were asked for."""
+    module = DotProductAttention(8, 8, num_query_groups=2, qkv_format="bshd", attn_mask_type="no_mask")
+    right = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 2, 8), torch.randn(1, 4, 2, 16)
+    assert module(*right).shape == (1, 4, 8 * 16)
+    wrong = {
+        "query_layer": (torch.randn(1, 4, 4, 8), *right[1:]),
+        "key_layer": (right[0], torch.randn(1, 4, 4, 8), torch.randn(1, 4, 4, 8)),
+        "query_layer.*8, 8": (torch.randn(1, 4, 8, 16), torch.randn(1, 4, 2, 16), torch.randn(1, 4, 2, 16)),
+    }
+    for said, tensors in wrong.items():
+        with pytest.raises(ArgumentError, match=said):
+            module(*tensors)
+
+
+def test_a_mask_of_one_side() -> None:
+    q, k, v = tensors(2, 4)
+    pad = torch.tensor([[False, False, True, True], [False, True, True, True]])[:, None, None]
+    module, lengths = core(attn_mask_type="padding"), torch.tensor([2, 1], dtype=torch.int32)
+    torch.testing.assert_close(module(q, k, v, (None, pad)), module(q, k, v, seqlens_kv=lengths))
+    torch.testing.assert_close(module(q, k, v, (pad, None)), module(q, k, v, seqlens_q=lengths))
+    for nothing in ((None, None), (pad,)):
+        with pytest.raises(ArgumentError, match="pair"):
+            module(q, k, v, nothing)
+
+
 def test_bad_masks() -> None:
     q, k, v = tensors(2, 4)
     pad = torch.tensor([[False, False, True, True]] * 2)[:, None, None]

@@ -85,6 +85,12 @@ def test_tensor_parallel_shards(groups: int | None) -> None:
         assert torch.equal(shards[1]["linear_qkv.weight"], state["linear_qkv.weight"][32:])
     merged = merge_tensor_parallel(shards)
     assert all(torch.equal(merged[name], state[name]) for name in state)
+    separate = layer(num_query_groups=groups, add_bias_linear=True, fused_qkv=False).state_dict()
+    apart = split_tensor_parallel(separate, 2)
+    for name in ("linear_q", "linear_k", "linear_v"):
+        for kind in ("weight", "bias"):
+            assert apart[0][f"{name}.{kind}"].shape[0] * 2 == separate[f"{name}.{kind}"].shape[0]
+    assert all(torch.equal(t, separate[name]) for name, t in merge_tensor_parallel(apart).items())
     shards[1]["linear_proj.bias"] = shards[1]["linear_proj.bias"] + 1
     with pytest.raises(ArgumentError, match=r"linear_proj\.bias"):
         merge_tensor_parallel(shards)
@@ -117,8 +123,22 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ArgumentError, match="layer_norm_weight"):
         load_megatron(layer(), more)
     assert load_megatron(layer(), more, strict=False) == ("linear_qkv.layer_norm_weight",)
+    separate = layer(fused_qkv=False)
+    assert load_megatron(separate, more, strict=False) == ("linear_qkv.layer_norm_weight",)
     with pytest.raises(ArgumentError, match=r"linear_qkv\.weight"):
         load_megatron(layer(num_query_groups=4), state)
+    with pytest.raises(ArgumentError, match=r"\[1, 2, 4, 8\]"):
+        split_qkv(torch.zeros(9, 2), 8, 3)
+    weight = torch.zeros(12, 2)
+    for nothing in (0, -1):
+        for call in (
+            lambda n: split_qkv(weight, 4, n),
+            lambda n: split_kv(weight, n),
+            lambda n: fuse_qkv(weight, weight, weight, n),
+            lambda n: split_tensor_parallel(state, n),
+        ):
+            with pytest.raises(ArgumentError, match="at least 1"):
+                call(nothing)
     with pytest.raises(ArgumentError, match="multiple of"):
         split_qkv(torch.zeros(9, 2), 4, 2)
     with pytest.raises(ArgumentError, match="do not go together"):

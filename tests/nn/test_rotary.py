@@ -31,11 +31,24 @@ def test_heads_of_any_number_of_dims() -> None:
     torch.testing.assert_close(apply_rotary(x, cos, sin).flatten(2, 3), apply_rotary(x.flatten(2, 3), cos, sin))
 
 
-def test_half_precision_keeps_exact_angles() -> None:
-    """Far positions are off by whole turns if the angle is computed in 16 bits."""
-    rotary = RotaryEmbedding(64).to(torch.bfloat16)
-    positions = torch.tensor([100_003])
-    torch.testing.assert_close(rotary(positions)[0][0, 0], torch.cos(torch.tensor(100_003.0)), atol=1e-2, rtol=0)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_keeps_exact_angles(dtype: torch.dtype) -> None:
+    """Far positions are off by whole turns if an angle or a frequency has 16 bits; every pair is looked at."""
+    scaling = RopeScaling(type="llama3", factor=8.0)
+    positions = torch.tensor([3, 1000, 100_003])
+    layer = torch.nn.Sequential(RotaryEmbedding(64, 5e5, scaling)).to(dtype)
+    for cast in (layer[0], layer.float()[0]):
+        for got, want in zip(cast(positions), RotaryEmbedding(64, 5e5, scaling)(positions), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_made_on_meta() -> None:
+    """As for FSDP2: the frequencies are in no checkpoint, so they must not be what the memory held."""
+    with torch.device("meta"):
+        rotary = RotaryEmbedding(64)
+    assert rotary.inv_freq.is_meta
+    rotary.to_empty(device="cpu")
+    assert torch.equal(rotary.inv_freq, RotaryEmbedding(64).inv_freq)
 
 
 def test_linear_scaling() -> None:
