@@ -177,8 +177,8 @@ def attention(  # type: ignore[misc]
             and dropout_p.__class__ is float
             and dropout_p == 0.0
         ):
-            if window is not None and type(window) is not tuple:
-                window = tuple(window)  # type: ignore[assignment]  # a list cannot be a key
+            if isinstance(window, list):
+                window = tuple(window)  # type: ignore[unreachable]  # a list cannot be a key
             typed = typed and _right_types(deterministic, window, softcap, dropout_p)
             rest = (parts, window, softcap, deterministic, max_seqlen_q, max_seqlen_kv, policy, dropout_p)
         # As settings.current_context.
@@ -280,8 +280,8 @@ def _of_dtensors(call: dict[str, Any]) -> Any:
 
 
 def _right_types(flag: Any, window: Any, softcap: Any, dropout_p: Any) -> bool:
-    if window is not None and (not isinstance(window, tuple) or any(isinstance(n, bool) for n in window)):
-        return False
+    if window is not None and (type(window) is not tuple or any(n is not None and type(n) is not int for n in window)):
+        return False  # 1.0 equals 1 as a key too
     return (flag is None or isinstance(flag, bool)) and not (isinstance(softcap, bool) or isinstance(dropout_p, bool))
 
 
@@ -367,7 +367,8 @@ def explain_shape(
         ArgumentError, ArgumentTypeError: a size, name or combination cannot be right.
     """
     chosen = runtime.settings(backend, policy)
-    request = AttentionRequest.from_shape(deterministic=runtime.wants_determinism(deterministic, chosen), **shape)
+    chosen, deterministic = runtime.determinism(chosen, deterministic)
+    request = AttentionRequest.from_shape(deterministic=deterministic, **shape)
     return runtime.choose(request, as_environment(environment), chosen, every=True)
 
 

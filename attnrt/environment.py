@@ -114,8 +114,12 @@ class Environment:
         except (RuntimeError, TypeError):
             raise ArgumentError("device", device, "a device such as 'cpu' or 'cuda:0' is needed") from None
         index: int | None = device.index
-        if device.type == "cuda" and index is None:
-            index = torch.cuda.current_device()
+        if device.type == "cuda":
+            count = torch.cuda.device_count()
+            if not count or (index is not None and index >= count):
+                here = f"there are {count} here" if count else f"torch {torch.__version__} sees none here"
+                raise ArgumentError("device", str(device), f"a CUDA device that exists is needed; {here}")
+            index = torch.cuda.current_device() if index is None else index
         return _detect(device.type, index)
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -63,11 +64,24 @@ class Given(BaseSettings):
     @classmethod
     def _bytes(cls, value: Any) -> Any:
         if isinstance(value, str):
+            if re.fullmatch(r"\s*\d*\.\d*\s*", value):
+                raise ValueError("a part of a byte: is a unit missing")
             return (
                 -1
                 if value.strip().lower() == "unlimited"
                 else int(TypeAdapter(ByteSize).validate_python(value.strip()))
             )
+        return value
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _folder(cls, value: Path | None) -> Path | None:
+        if value is None:
+            return None
+        value = value.expanduser()
+        there = next((p for p in (value, *value.parents) if p.exists()), value)
+        if there.exists() and not there.is_dir():
+            raise ValueError(f"{there} is not a folder")
         return value
 
     @field_validator("verify", mode="before")

@@ -82,7 +82,7 @@ def rebuilt(kernel: int, qkv: QKV, operands: Operands, named: dict[str, Any], dr
     named = dict(named)
     settings = runtime.settings(named.pop("backend"), named.pop("policy"))
     named.pop("pin")
-    named["deterministic"] = runtime.wants_determinism(named["deterministic"], settings)
+    settings, named["deterministic"] = runtime.determinism(settings, named["deterministic"])
     request = runtime.allowed(bind(*qkv, operands, **named), settings)
     environment = Environment.detect(qkv[0].device)
     try:

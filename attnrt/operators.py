@@ -18,6 +18,7 @@ from attnrt.errors import ArgumentError, GradientError, TransformError
 from attnrt.execution import Options
 from attnrt.operands import NO_OPERANDS, Operands, check_tensor
 from attnrt.recompute import SLOTS
+from attnrt.second_order import SAID
 from attnrt.settings import reentered
 
 _TENSORS = (
@@ -153,7 +154,7 @@ def _nothing_kept(ctx: Any, grad: Tensor) -> None:
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise GradientError("attention has no second derivative: no kernel computes it; leave create_graph=True out")
+    raise GradientError(SAID)
 
 
 def _no_forward_mode(ctx: Any, *tangents: Any) -> None:

@@ -23,8 +23,9 @@ LATE = Pin("at run time", "")
 
 
 def overrides_in_words(chosen: Settings) -> str:
-    """What contexts and variables say about the choice; the same words, the same choice."""
-    return "; ".join(f"{o.what} {o.value}" for o in chosen.overrides if not o.source.startswith("the argument"))
+    """What contexts and variables have to say about the choice; the same words, the same choice."""
+    said = [o for o in chosen.overrides if o.beaten_by is None and not o.source.startswith("the argument")]
+    return "; ".join(f"{o.what} {o.value}" for o in said)
 
 
 def pinned(decision: Decision, pin: Pin | None, chosen: Settings) -> Decision:

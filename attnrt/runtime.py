@@ -46,6 +46,7 @@ Failed = Mapping[str, Reason]
 """Backends that cannot serve a call, because they failed in it or before."""
 MAX_PLANS = 4096
 MAX_DEMOTED = 1024
+BY_ARGUMENT = "the argument deterministic="
 BIG = 64 << 20
 """Bytes of scores from which free memory is read anew; below it the answer cannot matter."""
 
@@ -164,8 +165,7 @@ def decide(
         pin: what a graph holds as its choice. failed: backends that ran out of memory in this call.
         every: ask every eligible kernel's library for its own word, not the winner's alone. options: what `bind` takes.
     """
-    chosen = settings(backend, policy)
-    deterministic = wants_determinism(deterministic, chosen)
+    chosen, deterministic = determinism(settings(backend, policy), deterministic)
     request = bind(q, k, v, operands, deterministic=deterministic, **options)
     environment = Environment.detect(q.device)
     if request.scores * 4 > BIG:
@@ -173,12 +173,16 @@ def decide(
     return choose(request, environment, chosen, pin, failed, every)
 
 
-def wants_determinism(argument: Any, chosen: Settings) -> Any:
-    """The argument if it is given, else whether torch, the environment or the policy asks for it."""
-    if argument is not None:
-        return argument
-    by_policy = chosen.policy is not None and chosen.policy.deterministic
-    return by_policy or variables().deterministic or torch.are_deterministic_algorithms_enabled()
+def determinism(chosen: Settings, argument: Any) -> tuple[Settings, Any]:
+    """The overrides, and whether the backward is to be deterministic: the argument if it is given, which then outranks
+    the environment's word, else whether torch, the environment or the policy asks for it."""
+    if argument is None:
+        by_policy = chosen.policy is not None and chosen.policy.deterministic
+        return chosen, by_policy or variables().deterministic or torch.are_deterministic_algorithms_enabled()
+    if any(o.what == "deterministic" for o in chosen.overrides):
+        said = [replace(o, beaten_by=BY_ARGUMENT) if o.what == "deterministic" else o for o in chosen.overrides]
+        chosen = replace(chosen, overrides=tuple(said))
+    return chosen, argument
 
 
 def allowed(request: AttentionRequest, chosen: Settings) -> AttentionRequest:

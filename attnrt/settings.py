@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 PolicySpec = Any
 """A built-in policy's name, the path of a YAML file, or a Policy."""
 LEVELS = ("argument", "context", "environment")
+What = Literal["force", "prefer", "disable", "policy", "unfused_limit", "deterministic"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +45,18 @@ class Context:
     policy: PolicySpec = None
     words: str = ""
     """The same as text, by which a traced graph holds a block that was opened inside it."""
+    beaten: tuple[tuple[What, str], ...] = ()
+    """What outer blocks asked for and inner ones overrode, for the report."""
 
 
 @lru_cache(maxsize=1024)
 def _context_of(
-    backend: str | None, lifted: bool, prefer: tuple[str, ...] | None, disable: tuple[str, ...], policy: PolicySpec
+    backend: str | None,
+    lifted: bool,
+    prefer: tuple[str, ...] | None,
+    disable: tuple[str, ...],
+    policy: PolicySpec,
+    beaten: tuple[tuple[What, str], ...] = (),
 ) -> Context:
     # repr tells an empty preference from none, and a policy's name from a policy.
     named = policy if policy is None or isinstance(policy, str) else f"{type(policy).__name__}#{id(policy):x}"
@@ -58,7 +66,7 @@ def _context_of(
     words += [f"disable={disable!r}"] if disable else []
     if backend is not None and lifted:
         words.append("lifted")
-    made = Context(backend, lifted, prefer, disable, policy, " ".join(words))
+    made = Context(backend, lifted, prefer, disable, policy, " ".join(words), beaten)
     _by_words[made.words] = made
     return made
 
@@ -243,14 +251,27 @@ def _inner(outer: Context, changes: Context) -> Context:
     forced = changes.backend is not None or changes.lifted
     freed = registry.expand((changes.backend,)) if changes.backend else ()
     # An inner force outranks an outer disable, as an argument outranks a context.
-    kept = (n for n in outer.disable if not set(registry.expand((n,))) & set(freed))
+    kept = [n for n in outer.disable if not set(registry.expand((n,))) & set(freed)]
+    beaten: list[tuple[What, str]] = [*outer.beaten]
+    if forced and outer.backend is not None:
+        beaten.append(("force", outer.backend))
+    if changes.prefer is not None and outer.prefer is not None:
+        beaten.append(("prefer", ", ".join(outer.prefer)))
+    beaten += [("disable", n) for n in outer.disable if n not in kept]
+    if changes.policy is not None and outer.policy is not None:
+        beaten.append(("policy", _policy_name(outer.policy)))
     return _context_of(
         changes.backend if forced else outer.backend,
         changes.lifted or (outer.lifted and not forced),
         outer.prefer if changes.prefer is None else changes.prefer,
         tuple(dict.fromkeys((*kept, *changes.disable))),
         outer.policy if changes.policy is None else changes.policy,
+        tuple(beaten),
     )
+
+
+def _policy_name(spec: PolicySpec) -> str:
+    return str(getattr(spec, "name", spec))
 
 
 def check_policy(argument: str, spec: Any) -> None:
@@ -277,7 +298,7 @@ def names(argument: str, value: str | Iterable[str], kernels: bool = False) -> t
 class Override:
     """One thing the user asked for: what, the value, where it was said, and whether something nearer overrode it."""
 
-    what: Literal["force", "prefer", "disable", "policy", "unfused_limit", "deterministic"]
+    what: What
     value: str
     source: str
     beaten_by: str | None = None
@@ -319,6 +340,7 @@ def resolve(argument_backend: Any, argument_policy: PolicySpec, context: Context
         UnknownNameError: a name that does not exist. PolicyError: a policy file that is wrong.
     """
     forces: list[tuple[int, str, str]] = []
+    beaten = [Override(what, value, "an outer context manager", "an inner one") for what, value in context.beaten]
     if argument_backend is not None:
         registry.check_name("backend", argument_backend)
         forces.append((0, argument_backend, "the argument backend="))
@@ -326,8 +348,11 @@ def resolve(argument_backend: Any, argument_policy: PolicySpec, context: Context
         forces.append((1, context.backend, "a context manager"))
     if variables.backend is not None and not (context.lifted and argument_backend is None):
         forces.append((2, variables.backend, "ATTNRT_BACKEND"))
+    elif variables.backend is not None:
+        beaten.append(Override("force", variables.backend, "ATTNRT_BACKEND", "use_backend(None)"))
     level, force_name, force_source = forces[0] if forces else (len(LEVELS), None, "")
     overrides = [Override("force", n, s, None if i == 0 else force_source) for i, (_, n, s) in enumerate(forces)]
+    overrides += beaten
 
     disables = [(1, name, "a context manager") for name in context.disable] + [
         (2, n, s) for n, s in variables.disabled()
@@ -368,9 +393,7 @@ def resolve(argument_backend: Any, argument_policy: PolicySpec, context: Context
         if spec is not None
     ]
     for i, (spec, source) in enumerate(policies):
-        overrides.append(
-            Override("policy", str(getattr(spec, "name", spec)), source, None if i == 0 else policies[0][1])
-        )
+        overrides.append(Override("policy", _policy_name(spec), source, None if i == 0 else policies[0][1]))
     spec, policy_source = policies[0] if policies else (None, "")
     if variables.deterministic:
         overrides.append(Override("deterministic", "True", "NVTE_ALLOW_NONDETERMINISTIC_ALGO=0"))

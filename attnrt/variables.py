@@ -113,7 +113,8 @@ def plain_value(name: str, text: str) -> Any:
     """What a variable's text means, as `given.parse` has it, where that is plain to see; else None, right or wrong."""
     match name:
         case "ATTNRT_CACHE_DIR":
-            return Path(text) if text.isascii() else None
+            plain = text.isascii() and not text.startswith("~")
+            return Path(text) if plain and os.path.isdir(text) else None
         case "ATTNRT_BACKEND":
             return text if text in registry.names() else None
         case "ATTNRT_PREFER" | "ATTNRT_DISABLE":

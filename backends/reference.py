@@ -92,7 +92,7 @@ def _linear(r: AttentionRequest, wide: int) -> int:
     out = slots_q * r.heads_q * r.head_dim_v
     total = q * wide + (kv * wide if wide != r.itemsize else 0) + out * (wide + r.itemsize)
     if r.padded or r.packed:  # without their garbage
-        total += (q + kv) * r.itemsize
+        total += (q + kv + (out if r.padded_q and r.needs_grad else 0)) * r.itemsize
     if r.paged:  # v as it is gathered, before its garbage goes
         total += slots_kv * r.heads_kv * r.head_dim_v * r.itemsize
     return total + (q + kv + out) * wide if r.needs_grad else total
@@ -108,6 +108,8 @@ def attend(r: AttentionRequest, q: Tensor, k: Tensor, v: Tensor, operands: Opera
     (q, k, v), len_q, len_kv = inputs(r, q, k, v, operands)
     out, lse = _core(r, q, k, v, operands, len_q, len_kv)
     out = out.to(dtype=_dtype(r))
+    if r.needs_grad and len_q.valid is not None and not r.packed:
+        out = _clean(out, len_q)  # NaN in the gradient of padding would meet a weight of 0
     if r.packed:
         return _repack(out, lse, operands.cu_seqlens_q, r.tokens_q)
     return out.permute(_FROM_BHSD[r.layout]).contiguous(), lse

@@ -159,6 +159,11 @@ OPTIONS = [
     Case("window of 3", call(window=(1, 2, 3)), ArgumentTypeError, ("window=(1, 2, 3)", "pair (left, right)")),
     Case("window int", call(window=128), ArgumentTypeError, ("window=128", "pair (left, right)")),
     Case("window float", call(window=(1.5, 0)), ArgumentTypeError, ("window=(1.5, 0)", "integer")),
+    Case("window float, cached", cached(window=(1.0, False)), ArgumentTypeError, ("window=(1.0, False)", "integer")),
+    Case("window float", cached(window=(1.0, 0)), ArgumentTypeError, ("window=(1.0, 0)", "integer")),
+    Case("window set", call(window={40, 3}), ArgumentTypeError, ("window={", "pair (left, right)")),
+    Case("window range", call(window=range(2)), ArgumentTypeError, ("window=range(0, 2)", "pair (left, right)")),
+    Case("window dict", call(window={1: 2, 0: 3}), ArgumentTypeError, ("window={1: 2, 0: 3}", "pair (left, right)")),
     Case("window bool, cached", cached(window=(True, False)), ArgumentTypeError, ("window=(True, False)", "integer")),
     Case(
         "alignment typo", call(alignment="topleft"), UnknownNameError, ("alignment='topleft'", "did you mean top_left?")
@@ -519,6 +524,20 @@ VARIABLES = [
         VariableError,
         ("ATTNRT_UNFUSED_LIMIT='8 apples'", "8GiB"),
         {"ATTNRT_UNFUSED_LIMIT": "8 apples"},
+    ),
+    Case(
+        "limit, a part of a byte",
+        call(),
+        VariableError,
+        ("ATTNRT_UNFUSED_LIMIT='1.5'", "unit"),
+        {"ATTNRT_UNFUSED_LIMIT": "1.5"},
+    ),
+    Case(
+        "cache, no folder",
+        call(),
+        VariableError,
+        (f"ATTNRT_CACHE_DIR='{__file__}/x'", f"{__file__} is not a folder"),
+        {"ATTNRT_CACHE_DIR": f"{__file__}/x"},
     ),
     Case(
         "limit negative", call(), VariableError, ("ATTNRT_UNFUSED_LIMIT='-5'", "8GiB"), {"ATTNRT_UNFUSED_LIMIT": "-5"}

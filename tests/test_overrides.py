@@ -236,6 +236,10 @@ def test_nvte_determinism(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decision.request.deterministic
     assert ("deterministic", "True", "NVTE_ALLOW_NONDETERMINISTIC_ALGO=0", None) in overrides(decision)
     assert not decision.verdicts["flash_attn_3"].eligible
+    by_argument = ("deterministic", "True", "NVTE_ALLOW_NONDETERMINISTIC_ALGO=0", "the argument deterministic=")
+    attnrt.attention(*tensors(), deterministic=False)
+    for called in (on_h100(deterministic=False), attnrt.last_decision()):
+        assert not called.request.deterministic and by_argument in overrides(called)
 
 
 def test_determinism_from_torch() -> None:
@@ -258,6 +262,9 @@ def test_the_call_outranks_a_deterministic_policy() -> None:
 # ---- contexts
 
 
+OUTER = "an outer context manager"
+
+
 def test_nested_contexts() -> None:
     with attnrt.override(disable="cudnn", policy="default", prefer="triton"):
         with attnrt.use_backend("flash_attn_2"):
@@ -275,6 +282,19 @@ def test_use_backend_none_lifts_the_environment_too(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("ATTNRT_BACKEND", "triton")
     with attnrt.use_backend(None):
         assert on_h100().backend == "cudnn" and on_h100().forced is None
+        assert ("force", "triton", "ATTNRT_BACKEND", "use_backend(None)") in overrides(on_h100())
+
+
+def test_what_inner_blocks_beat_is_said() -> None:
+    outer = attnrt.override(backend="triton", prefer="cudnn", policy="default", disable=("reference", "cudnn"))
+    with outer, attnrt.override(backend="reference", prefer=(), policy="no_vendor"):
+        said = overrides(on_h100())
+    beaten = [(what, value) for what, value, source, by in said if (source, by) == (OUTER, "an inner one")]
+    assert sorted(beaten) == [
+        ("disable", "reference"), ("force", "triton"), ("policy", "default"), ("prefer", "cudnn"),
+    ]  # fmt: skip
+    assert ("force", "reference", "a context manager", None) in said
+    assert ("disable", "cudnn", "a context manager", None) in said
 
 
 def test_a_context_ends_with_its_error() -> None:

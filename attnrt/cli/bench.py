@@ -57,6 +57,9 @@ def bench(
     if presets:
         typer.echo(shapes.list_presets())
         return
+    for name, value in (("--budget", budget), ("--seconds", seconds)):
+        if value is not None and not 0 <= value < 1e6:
+            raise ArgumentError(name, value, "a number from 0 on is needed")
     from attnrt.evidence.bench import bench as run_bench
     from attnrt.evidence.bench import default_calls
 

@@ -41,3 +41,8 @@ def environment_from(arch: str | None, packages: list[str] | None) -> attnrt.Env
     return attnrt.Environment.simulate(
         found.arch, packages=versions, name=found.name, sm_count=found.sm_count, memory=found.total_memory
     )
+
+
+def one_format(as_json: bool, markdown: bool) -> None:
+    if as_json and markdown:
+        raise ArgumentError("--markdown", markdown, "not with --json: one of them is printed")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from attnrt.cli.common import Json
+from attnrt.cli.common import Json, one_format
 from attnrt.cli.report import COMMON
 from attnrt.cli.shapes import Device
 from attnrt.environment import Environment
@@ -29,6 +29,7 @@ def doctor(
     from attnrt.evidence.doctor import examine
 
     environment = Environment.detect(device).with_free_memory()
+    one_format(as_json, markdown)
     if sys.stderr.isatty() and not (as_json or markdown):
         from rich.console import Console
 

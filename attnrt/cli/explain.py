@@ -10,7 +10,7 @@ import typer
 
 from attnrt import registry, runtime
 from attnrt.api import explain_shape
-from attnrt.cli.common import Arch, Json, Package, environment_from
+from attnrt.cli.common import Arch, Json, Package, environment_from, one_format
 from attnrt.cli.parallel import Between, LinkName, MethodName, PerHost, PlacementName, Ranks, explain_across
 from attnrt.decision import Decision
 from attnrt.errors import ArgumentError
@@ -68,6 +68,7 @@ def explain(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
     """What would run for a call of this shape, and every reason against the others."""
+    one_format(as_json, markdown)
     shape: dict[str, Any] = {
         "environment": environment_from(arch, package),
         "batch": batch,
@@ -105,6 +106,11 @@ def explain(
         across = explain_across(ranks, placement, links, shape)
         typer.echo(across.to_json() if as_json else across.to_markdown() if markdown else str(across))
         raise typer.Exit(0 if across.method else 1)
+    across_ranks = {"link": (link, "nvlink"), "between": (between, "infiniband"), "per-host": (per_host, 8)}
+    across_ranks |= {"method": (method, "auto"), "placement": (placement, None)}
+    for name, (value, default) in across_ranks.items():
+        if value != default:
+            raise ArgumentError(f"--{name}", value, "goes with --ranks")
     decision = explain_shape(**shape)
     if ask_cudnn:
         decision = asked_of_cudnn(decision, arch, runtime.settings(backend, policy))

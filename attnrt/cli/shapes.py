@@ -127,6 +127,11 @@ def calls_from(options: Mapping[str, Any], environment: Environment) -> list[Any
     if options["phase"]:
         raise ArgumentError("--phase", options["phase"], "goes with --preset; without one, --training and --kv-seqlen")
     if not any(options[name] for name in ("batch", "heads", "kv_heads", "seqlen", "kv_seqlen", "head_dim")):
+        others = ("dtype", "head_dim_v", "layout", "causal", "window", "alignment", "training", "packed", "features")
+        if given := [name for name in others if options[name]]:
+            name = {"features": "with"}.get(given[0], given[0].replace("_", "-"))
+            said = "describes a call only beside its sizes: --batch, --heads, --seqlen or --head-dim"
+            raise ArgumentError(f"--{name}", options[given[0]], said)
         return []
     lists = {
         "dtype": dtypes,

@@ -188,8 +188,8 @@ def explain_shape(
     """
     topology = Topology.of(ranks, link, between, per_host)
     _check_method(method)
-    settings = runtime.settings(backend, policy)
-    whole = AttentionRequest.from_shape(deterministic=runtime.wants_determinism(deterministic, settings), **shape)
+    settings, deterministic = runtime.determinism(runtime.settings(backend, policy), deterministic)
+    whole = AttentionRequest.from_shape(deterministic=deterministic, **shape)
     machine = as_environment(environment)
     request = evenly(whole, ranks, placement)
     return decide(request, machine, topology, method, lambda r: choose(r, machine, settings))
@@ -266,7 +266,7 @@ def _agreed(
 
 def _new_plan(group: ProcessGroup, topology: Topology, local: Local, lengths: Any, options: dict[str, Any]) -> Plan:
     settings = runtime.settings(options["backend"], options["policy"])
-    deterministic = runtime.wants_determinism(options["deterministic"], settings)
+    settings, deterministic = runtime.determinism(settings, options["deterministic"])
     request = bind_whole(local, lengths[0], lengths[1], options, deterministic)
     environment = Environment.detect(local.device).with_free_memory()
     rank = group.rank()

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attnrt.distributed import wire
 from attnrt.distributed.local import Call, Plan, attend
 from attnrt.distributed.schedule import Gather
 from attnrt.distributed.wire import SEQUENCE
+from attnrt.second_order import once_differentiable
 
 
 def gather_attention(call: Call, plan: Plan) -> Any:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attnrt.distributed import wire
 from attnrt.distributed.blocks import Block
@@ -17,6 +16,7 @@ from attnrt.distributed.placement import Span
 from attnrt.distributed.schedule import Compute, Post, Wait
 from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
+from attnrt.second_order import once_differentiable
 
 
 def ring_attention(call: Call, plan: Plan) -> Any:

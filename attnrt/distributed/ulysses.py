@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attnrt.api import attention
 from attnrt.distributed import wire
 from attnrt.distributed.local import Call, Plan, lse_beside
 from attnrt.distributed.placement import Placement
+from attnrt.second_order import once_differentiable
 
 
 class Share(NamedTuple):

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attnrt.backends.cudnn.call import Call, Passed
 from attnrt.backends.cudnn.device import device, started
@@ -16,6 +15,7 @@ from attnrt.backends.cudnn.plans import CapturingError
 from attnrt.environment import Environment
 from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
+from attnrt.second_order import once_differentiable
 
 if TYPE_CHECKING:
     from attnrt.backends.base import Backward, Forward, Run

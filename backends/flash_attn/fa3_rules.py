@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attnrt.backends.base import Rule, between
+from attnrt.backends.base import Rule, between, needs
 from attnrt.backends.flash_attn.common import common
 from attnrt.request import AttentionRequest
 
@@ -46,6 +46,15 @@ RULES = (
         PACKAGE,
         "it is not on PyPI: build it from the hopper folder of github.com/Dao-AILab/flash-attention",
         "4",
+    ),
+    needs(
+        "FA3_VERSION",
+        PACKAGE,
+        "3.0.0b1",
+        lambda r, e: True,
+        "flash-attn 3, whose first it is",
+        "pull and build the hopper folder of github.com/Dao-AILab/flash-attention again",
+        "flash-attn hopper/setup.py",
     ),
     Rule(
         "FA3_ARCH",

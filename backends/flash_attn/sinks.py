@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from attnrt.operands import Operands
+from attnrt.second_order import once_differentiable
 
 Package = Callable[[Tensor, Tensor, Tensor, Operands], tuple[Tensor, Any]]
 """Output and log-sum-exp as a package gives them: new tensors, the same that its autograd function saves."""
@@ -85,6 +86,7 @@ class _Sunk(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
         q, k, v, sinks, out, lse = ctx.saved_tensors
         wanted = ctx.needs_input_grad[2:]

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attnrt.backends.torch_sdpa.cpu_plan import Tile
 from attnrt.request import AttentionRequest
+from attnrt.second_order import once_differentiable
 
 _forward = torch._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -171,7 +171,7 @@ def tile_mask(
         chunk = distance * -per_head.to(dtype).view(-1, r.heads_q, 1, 1)
     if bias is not None:
         part = _rectangle(bias, tile)
-        chunk = part.to(dtype) if chunk is None else chunk.add_(part)
+        chunk = part.to(dtype) if chunk is None else chunk + part  # whose batch may be wider than the slopes'
     hidden: Tensor | None = None
     if mask is not None:
         seen = _rectangle(mask, tile)

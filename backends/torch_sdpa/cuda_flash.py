@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
+from attnrt.second_order import once_differentiable
 
 if TYPE_CHECKING:
     from attnrt.backends.base import Backward, Forward, Run

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attnrt.backends.triton import backward as passes
@@ -23,6 +22,7 @@ from attnrt.backends.triton.tiles import PASSES, Tile, block_dim, section, tile_
 from attnrt.environment import Environment
 from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
+from attnrt.second_order import once_differentiable
 
 if TYPE_CHECKING:
     from attnrt.backends.base import Backward, Forward, Run

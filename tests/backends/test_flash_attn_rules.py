@@ -131,6 +131,7 @@ ROWS: dict[str, list[Row]] = {
     ],
     "FA3": [
         *shared("FA3"),
+        ("FA3_VERSION", {}, {"version": "2.8.3"}, {"version": "3.0.0b1"}),
         ("FA3_ALIBI", {"alibi": True}, {}, {"alibi": False}),
         ("FA3_DROPOUT", {"dropout_p": 0.1}, {}, {"dropout_p": 0.0}),
         ("FA3_ARCH", {}, {"arch": "sm89"}, {"arch": "sm90"}),

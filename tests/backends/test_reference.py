@@ -13,6 +13,7 @@ from oracle import Case, assert_agrees
 from running import CPU, dropped, measured, qkv, run
 from torch import Tensor
 
+import attnrt
 from attnrt.backends.base import reasons
 from attnrt.backends.reference import Reference
 from attnrt.operands import Operands
@@ -47,6 +48,18 @@ def test_a_sink_far_above_the_scores_leaves_the_lse_alone() -> None:
     sinks = torch.full((2,), 500.0, requires_grad=True)
     case = Case(*qkv(1, 2, 4, 8), layout="bhsd", operands=Operands(sinks=sinks))
     assert_agrees(case, run(REFERENCE, case))
+
+
+def test_nan_in_the_gradient_of_padding() -> None:
+    lengths = torch.tensor([3, 5], dtype=torch.int32)
+    q, k, v = (torch.randn(2, 2, 5, 8, requires_grad=True) for _ in range(3))
+    for options in ({"backend": "reference"}, {"softcap": 5.0}, {"backend": "torch"}):
+        out = attnrt.attention(q, k, v, seqlens_q=lengths, **options)
+        grad = torch.ones_like(out)
+        want = torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+        grad[0, :, 3:] = math.nan
+        for a, b in zip(torch.autograd.grad(out, (q, k, v), grad), want, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_dropout() -> None:

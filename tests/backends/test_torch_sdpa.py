@@ -54,6 +54,14 @@ def test_flash_cpu_agrees_with_the_oracle(case: Case) -> None:
         assert FORWARD in ran
 
 
+@pytest.mark.parametrize("layout", ["bhsd", "bshd", "sbhd"])
+def test_slopes_of_all_and_a_bias_of_each_sequence(layout: str) -> None:
+    q, k, v = qkv(*{"bhsd": (2, 4, 8, 16), "bshd": (2, 8, 4, 16), "sbhd": (8, 2, 4, 16)}[layout])
+    operands = Operands(bias=torch.randn(2, 1, 8, 8), alibi_slopes=torch.rand(4))
+    case = Case(q, k, v, layout, operands, options={"return_lse": True})
+    assert_agrees(case, run(FLASH_CPU, case))
+
+
 @RANDOM
 @given(case=cases(without=frozenset({"softcap", "bias_grad"}), longest=70))
 def test_tiles_of_a_few_rows_agree_with_the_oracle(case: Case) -> None:

@@ -409,7 +409,7 @@ def test_arguments_that_contradict_the_mask() -> None:
     with pytest.raises(ArgumentError, match="new_argument"):
         integration.make_mask(1, 6, 6, new_argument=3)
     for rows in (1, 2):  # one of them would broadcast
-        with pytest.raises(ArgumentError, match="attention_mask=.* B = 3"):
+        with pytest.raises(ArgumentError, match=r"attention_mask=.* B = 3"):
             integration.make_mask(3, 6, 6, attention_mask=torch.ones(rows, 6, dtype=torch.bool))
 
 

@@ -15,7 +15,7 @@ from attnrt.backends.flash_attn import discovery
 from attnrt.environment import forget
 
 VERSION = {2: "2.8.3", 3: "3.0.0b1", 4: "4.0.0b36"}
-OLD = {2: "2.0.9", 4: "4.0.0b11"}
+OLD = {2: "2.0.9", 3: "2.9.0", 4: "4.0.0b11"}
 NEW = {2: "3.0.0", 3: "4.0.0", 4: "5.0.0"}
 DENSE = """
 def flash_attn_func(q, k, v, softmax_scale=None, causal=False, window_size=None, num_splits=1, deterministic=False): ...

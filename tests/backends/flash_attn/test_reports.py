@@ -19,11 +19,11 @@ from attnrt.environment import PACKAGES, Environment, _installed
 from attnrt.errors import BackendUnavailable
 
 PLACES = {2: "flash_attn_2_cuda.cpython-311-x86_64-linux-gnu.so", 3: "flash_attn_3/_C.abi3.so"}
-NOT_HERE = [(n, w) for n in GENERATIONS for w in ("absent", "too new", "broken")]
-CASES = [*NOT_HERE, *((n, "too old") for n in OLD), *((n, "built elsewhere") for n in PLACES)]
+EVERY = [(n, w) for n in GENERATIONS for w in ("absent", "too old", "too new", "broken")]
+CASES = [*EVERY, *((n, "built elsewhere") for n in PLACES)]
 REPORTS = {
     "absent": ("INSTALLED", "is not installed", ""),
-    "too old": ("VERSION", "or later is needed", "pip install"),
+    "too old": ("VERSION", "or later is needed", ""),
     "too new": ("TOO_NEW", "is a later generation than", "pip install"),
     "broken": ("BROKEN", "is installed and does not load: ImportError: lib.so: undefined symbol: _ZN3c10", ""),
     "built elsewhere": ("BUILT_FOR", "here was built for sm80, and a GPU of sm90 is sm90", "build it again"),
