@@ -56,7 +56,7 @@ def _context_of(
     prefer: tuple[str, ...] | None,
     disable: tuple[str, ...],
     policy: PolicySpec,
-    beaten: tuple[tuple[What, str], ...] = (),
+    beaten: tuple[tuple[What, str], ...],
 ) -> Context:
     # repr tells an empty preference from none, and a policy's name from a policy.
     named = policy if policy is None or isinstance(policy, str) else f"{type(policy).__name__}#{id(policy):x}"
@@ -67,12 +67,13 @@ def _context_of(
     if backend is not None and lifted:
         words.append("lifted")
     made = Context(backend, lifted, prefer, disable, policy, " ".join(words), beaten)
-    _by_words[made.words] = made
+    if not beaten:
+        _by_words[made.words] = made
     return made
 
 
 _by_words: dict[str, Context] = {}
-NO_CONTEXT = _context_of(None, False, None, (), None)
+NO_CONTEXT = _context_of(None, False, None, (), None, ())
 _context: ContextVar[Context] = ContextVar("attnrt_context", default=NO_CONTEXT)
 own_context = _context.get
 _TLS = "attnrt_context"
@@ -196,6 +197,7 @@ class override:
             None if prefer is None else names("prefer", prefer),
             names("disable", disable, kernels=True),
             policy,
+            (),
         )
         self._tokens: list[Token[Context]] = []
         self._words = self._changes.words
@@ -242,7 +244,7 @@ class use_backend(override):
             if _dynamo():
                 self._words = _words_of(None, None, (), None, True)
                 return
-            self._changes = _context_of(None, True, None, (), None)
+            self._changes = _context_of(None, True, None, (), None, ())
             self._words = self._changes.words
 
 

@@ -54,8 +54,8 @@ def test_refusals_and_compiled_graphs(tmp_path: Path) -> None:
     found = outcomes[0].value["inferred"]
     assert len(found) == 12
     for name, (operators, kept, errors) in found.items():
-        lean = name.startswith(("plain", "mask"))
-        assert operators == [f"attnrt.attention_{'inference' if lean else 'forward'}.default"], (name, operators)
+        kind = "plain" if name.startswith("plain") else "inference" if name.startswith("mask") else "forward"
+        assert operators == [f"attnrt.attention_{kind}.default"], (name, operators)
         assert kept and max(errors) < 5e-6, (name, kept, errors)
 
 

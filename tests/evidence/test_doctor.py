@@ -87,7 +87,7 @@ def test_overrides_are_told(command: Command, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_cache_directory_that_cannot_be_written(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ATTNRT_CACHE_DIR", "/dev/null/nowhere")
+    monkeypatch.setenv("ATTNRT_CACHE_DIR", "/proc/nowhere")
     code, out, _ = command("doctor --no-run")
     assert code == 0 and "cannot be written" in out
 

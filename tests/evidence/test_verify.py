@@ -151,9 +151,8 @@ def test_the_script_forces_the_kernel_that_was_wrong() -> None:
     compile(text, "script", "exec")
 
 
-def test_a_full_disk_is_no_error_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("ATTNRT_CACHE_DIR", str(tmp_path / "file"))
+def test_a_full_disk_is_no_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNRT_CACHE_DIR", "/proc/nowhere")
     attnrt.register_backend(SlightlyWrong())
     with pytest.raises(VerificationFailed, match="no script could be written") as caught:
         call(SMALL, backend="planted")

@@ -119,6 +119,9 @@ def random_part(number: int, seconds: float) -> dict[str, int]:
                     assert_agrees(case, {n: t.cpu() for n, t in run_on(kernel, moved).items()})
                 except Exception as error:
                     failed = True
+                    print(
+                        f"{name}: {moved.request().describe()}: {type(error).__name__}: {str(error)[:500]}", flush=True
+                    )
                     error.add_note(f"{name}: {moved.request().describe()}")
                     raise
                 ran[name] += 1

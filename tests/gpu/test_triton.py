@@ -91,6 +91,10 @@ def random_part(number: int, seconds: float) -> int:
                     assert_agrees(case, found)
                 except Exception as error:
                     failed = True
+                    print(
+                        f"{name} by {loads}: {moved.request().describe()}: {type(error).__name__}: {str(error)[:500]}",
+                        flush=True,
+                    )
                     error.add_note(f"{name} by {loads}: {moved.request().describe()}")
                     raise
                 ran += 1

@@ -61,7 +61,7 @@ def test_too_old(number: int, install: Install) -> None:
     found = said(number)
     assert found.rule == f"FA{number}_VERSION"
     assert OLD[number] in found.message and "or later is needed" in found.message
-    assert found.remedy and "pip install" in found.remedy
+    assert found.remedy and ("hopper folder" if number == 3 else "pip install") in found.remedy
 
 
 @pytest.mark.parametrize("number", GENERATIONS)
