@@ -94,7 +94,9 @@ def attention(  # type: ignore[misc]
             (flash-attn), with each sequence's own lengths. Needed where they differ and causal, window or
             alibi_slopes is used.
         mask: bool, True = attend, broadcastable to (B, Hq, Sq, Skv); for "thd" (B, Hq, longest q, longest kv).
-        bias: added to the scaled scores, same broadcasting, q's dtype or float32, differentiable.
+        bias: added to the scaled scores, same broadcasting, q's dtype or float32, differentiable. Hide keys with -inf:
+            where a whole row is a large finite number such as -1e9, a fused kernel's log-sum-exp has no digits left for
+            the sum, and the row's gradients are wrong, as they are in PyTorch's own.
         alibi_slopes: (Hq,) or (B, Hq) float32: -slope * |p - key| is added to the scaled scores, after softcap.
         softcap: s becomes softcap * tanh(s / softcap), before bias and mask.
         sinks: (Hq,), differentiable: logits that take part in the softmax denominator only.

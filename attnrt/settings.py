@@ -277,9 +277,11 @@ def _policy_name(spec: PolicySpec) -> str:
 
 
 def check_policy(argument: str, spec: Any) -> None:
+    if spec is None:
+        return
     from attnrt.policies.base import Policy
 
-    if spec is not None and not isinstance(spec, (str, os.PathLike, Policy)):
+    if not isinstance(spec, (str, os.PathLike, Policy)):
         raise ArgumentTypeError(argument, spec, "a built-in policy's name, a path to a YAML file or a Policy is needed")
 
 
