@@ -255,12 +255,12 @@ def _inner(outer: Context, changes: Context) -> Context:
     # An inner force outranks an outer disable, as an argument outranks a context.
     kept = [n for n in outer.disable if not set(registry.expand((n,))) & set(freed)]
     beaten: list[tuple[What, str]] = [*outer.beaten]
-    if forced and outer.backend is not None:
+    if forced and outer.backend not in (None, changes.backend):
         beaten.append(("force", outer.backend))
-    if changes.prefer is not None and outer.prefer is not None:
+    if changes.prefer is not None and outer.prefer not in (None, changes.prefer):
         beaten.append(("prefer", ", ".join(outer.prefer)))
     beaten += [("disable", n) for n in outer.disable if n not in kept]
-    if changes.policy is not None and outer.policy is not None:
+    if changes.policy is not None and outer.policy not in (None, changes.policy):
         beaten.append(("policy", _policy_name(outer.policy)))
     return _context_of(
         changes.backend if forced else outer.backend,
@@ -268,7 +268,7 @@ def _inner(outer: Context, changes: Context) -> Context:
         outer.prefer if changes.prefer is None else changes.prefer,
         tuple(dict.fromkeys((*kept, *changes.disable))),
         outer.policy if changes.policy is None else changes.policy,
-        tuple(beaten),
+        tuple(dict.fromkeys(beaten)),  # once, however deep the blocks stand: contexts are keys of a cache
     )
 
 

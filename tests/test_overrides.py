@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import attnrt
-from attnrt import registry
+from attnrt import registry, settings
 from attnrt.decision import Decision
 from attnrt.errors import BackendFailed, BackendUnavailable, DemotionWarning, VerificationFailed
 
@@ -295,6 +295,19 @@ def test_what_inner_blocks_beat_is_said() -> None:
     ]  # fmt: skip
     assert ("force", "reference", "a context manager", None) in said
     assert ("disable", "cudnn", "a context manager", None) in said
+
+
+def test_blocks_of_one_meaning_are_one_context() -> None:
+    """However deep a decorated function calls itself: each context is a key of the plans' cache."""
+    a, b = attnrt.use_backend("reference"), attnrt.use_backend("torch")
+    with a:
+        once = settings.current_context()
+        with a, a:
+            assert settings.current_context() is once
+        with b, a:
+            twice = settings.current_context()
+            with b, a:
+                assert settings.current_context() is twice
 
 
 def test_a_context_ends_with_its_error() -> None:
