@@ -10,7 +10,7 @@ import typer
 
 from attnrt import runtime
 from attnrt.cli import shapes
-from attnrt.cli.common import Json
+from attnrt.cli.common import Json, from_0
 from attnrt.environment import Environment
 from attnrt.errors import ArgumentError, AttnrtError
 
@@ -57,9 +57,7 @@ def bench(
     if presets:
         typer.echo(shapes.list_presets())
         return
-    for name, value in (("--budget", budget), ("--seconds", seconds)):
-        if value is not None and not 0 <= value < 1e6:
-            raise ArgumentError(name, value, "a number from 0 on is needed")
+    from_0({"--budget": budget, "--seconds": seconds})
     from attnrt.evidence.bench import bench as run_bench
     from attnrt.evidence.bench import default_calls
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -46,3 +47,10 @@ def environment_from(arch: str | None, packages: list[str] | None) -> attnrt.Env
 def one_format(as_json: bool, markdown: bool) -> None:
     if as_json and markdown:
         raise ArgumentError("--markdown", markdown, "not with --json: one of them is printed")
+
+
+def from_0(options: Mapping[str, float | None]) -> None:
+    """Check numbers by their option's name; None is one that was not given."""
+    for name, value in options.items():
+        if value is not None and not 0 <= value < 1e6:
+            raise ArgumentError(name, value, "a number from 0 on is needed")

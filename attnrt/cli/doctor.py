@@ -28,8 +28,8 @@ def doctor(
     """Check this machine: driver, versions, imports, known defects, every kernel's results, what to install."""
     from attnrt.evidence.doctor import examine
 
-    environment = Environment.detect(device).with_free_memory()
     one_format(as_json, markdown)
+    environment = Environment.detect(device).with_free_memory()
     if sys.stderr.isatty() and not (as_json or markdown):
         from rich.console import Console
 

@@ -11,6 +11,7 @@ import typer
 from attnrt import runtime
 from attnrt.cli import shapes
 from attnrt.cli.bench import INTERRUPTED, Progress
+from attnrt.cli.common import from_0
 from attnrt.environment import Environment
 from attnrt.errors import ArgumentError
 
@@ -57,9 +58,7 @@ def tune(
     from attnrt.evidence.tuning import default_calls
     from attnrt.evidence.tuning import tune as run_tune
 
-    for name, value in (("--budget", budget), ("--seconds", seconds), ("--margin", margin)):
-        if value is not None and not 0 <= value < 1e6:
-            raise ArgumentError(name, value, "a number from 0 on is needed")
+    from_0({"--budget": budget, "--seconds": seconds, "--margin": margin})
     if output is not None and output.suffix not in (".yaml", ".yml"):
         raise ArgumentError(
             "--output", str(output), "a name that ends in .yaml is needed, so that it is taken for a file"
