@@ -15,6 +15,7 @@ from attnrt.environment import NAMED, Environment
 from attnrt.errors import ArgumentTypeError
 from attnrt.execution import device_facts
 from attnrt.operands import NO_OPERANDS, Operands, signature, tf32_allowed
+from attnrt.repeats import Repeat
 from attnrt.request import AttentionRequest
 from attnrt.settings import (
     NO_CONTEXT,
@@ -27,11 +28,13 @@ from attnrt.settings import (
 from attnrt.sharded import CONTEXT_PARALLEL, sharded
 
 _set_last = execution.last.set
-_capturing = torch.cuda.is_current_stream_capturing
+_capturing: Any = vars(torch.cuda.graphs)["_cuda_isCurrentStreamCapturing"]
+"""What torch.cuda.is_current_stream_capturing calls."""
 _float32 = torch.float32
 _context = own_context
 _graph_task = torch._C._current_graph_task_id
 _plans = runtime.plans
+_repeats = runtime.repeats
 _seen = runtime.seen
 _isdisjoint = environ_keys.isdisjoint
 _grad_enabled = torch.is_grad_enabled
@@ -39,7 +42,7 @@ _autocast_enabled = torch.is_autocast_enabled
 _any_autocast = torch._C._is_any_autocast_enabled  # half the price of asking for one device
 _dynamo = torch.compiler.is_dynamo_compiling
 _transform = torch._C._functorch.peek_interpreter_stack
-_deterministic_enabled = torch.are_deterministic_algorithms_enabled
+_deterministic_enabled = torch._C._get_deterministic_algorithms
 _modules = sys.modules
 _of_tuple: Any = tuple.__new__
 BY_NAME: Any = object()
@@ -130,104 +133,82 @@ def attention(  # type: ignore[misc]
     """
     if _ is not BY_NAME:
         raise TypeError("attention() takes 3 positional arguments, q, k and v; everything else goes by name")
-    plain = type(q) is type(k) is type(v) is Tensor
-    if _dynamo() or not plain or _transform() is not None:
-        tensors = Operands(
-            mask, bias, alibi_slopes, sinks, seqlens_q, seqlens_kv, cu_seqlens_q, cu_seqlens_kv, page_table
+    if _dynamo():
+        given = (mask, bias, alibi_slopes, sinks, seqlens_q, seqlens_kv, cu_seqlens_q, cu_seqlens_kv, page_table)
+        numbers = (layout, causal, window, alignment, softcap, dropout_p, scale, max_seqlen_q, max_seqlen_kv)
+        return tracing.attention(q, k, v, Operands(*given), *numbers, return_lse, deterministic, backend, policy)
+    if (
+        mask is bias is alibi_slopes is sinks is None
+        and seqlens_q is seqlens_kv is cu_seqlens_q is cu_seqlens_kv is page_table is None
+    ):
+        operands = NO_OPERANDS
+    else:
+        # As Operands(...), in half the time.
+        operands = _of_tuple(
+            Operands,
+            (mask, bias, alibi_slopes, sinks, seqlens_q, seqlens_kv, cu_seqlens_q, cu_seqlens_kv, page_table),
         )
-        if _dynamo() or tracing.needed(q, k, v, *tensors):
-            options = (layout, causal, window, alignment, softcap, dropout_p, scale, max_seqlen_q, max_seqlen_kv)
-            return tracing.attention(q, k, v, tensors, *options, return_lse, deterministic, backend, policy)
-    if (not plain or CONTEXT_PARALLEL in _modules) and sharded(q, k, v):
-        return _of_dtensors(locals())
+    if window is not None and window.__class__ is not tuple and isinstance(window, list):
+        window = tuple(window)  # type: ignore[unreachable]  # a list cannot be a key
+    options = (
+        layout,
+        causal,
+        window,
+        alignment,
+        softcap,
+        dropout_p,
+        scale,
+        max_seqlen_q,
+        max_seqlen_kv,
+        return_lse,
+        deterministic,
+        backend,
+        policy,
+    )
+    # 1 equals True as a key, but is not a flag: only the right types may find what was remembered.
+    typed = (
+        (causal is False or causal is True)
+        and (return_lse is False or return_lse is True)
+        and (scale is None or scale.__class__ is float or not isinstance(scale, bool))
+        and (
+            (window is None and softcap is None and deterministic is None and dropout_p.__class__ is float)
+            or _right_types(deterministic, window, softcap, dropout_p)
+        )
+    )
+    repeat: Repeat | None = None
     try:
-        dtype = q.dtype
-        if q.is_cuda and k.is_cuda and v.is_cuda:
-            if _seen.several_gpus is None:  # known for good, now that CUDA is in use
-                _seen.several_gpus = torch.cuda.device_count() > 1
-            # As execution.device_facts, which would be one more call; so are the other checks here that are in line.
-            where: Any = (
-                (q.get_device(), k.get_device(), v.get_device()) if _seen.several_gpus else "the only GPU",
-                (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
-                _capturing(),
-                dtype is _float32 and tf32_allowed(),
+        repeat = _repeats.get(options)
+        known = (
+            repeat is not None
+            and typed
+            and (repeat.same(q, k, v) if operands is NO_OPERANDS else repeat.same_with(q, k, v, operands))
+            and (
+                repeat.aligned is None
+                or (
+                    (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15 == repeat.aligned
+                    and _capturing() is repeat.capturing
+                )
             )
-        else:
-            where = (q.is_cpu and k.is_cpu and v.is_cpu) or device_facts(q, k, v)
-        autocast = _any_autocast() and _autocast_on(q.device.type)
-        if (
-            mask is bias is alibi_slopes is sinks is None
-            and seqlens_q is seqlens_kv is cu_seqlens_q is cu_seqlens_kv is page_table is None
-        ):
-            operands, parts = NO_OPERANDS, None
-        else:
-            # As Operands(...), in half the time.
-            operands = _of_tuple(
-                Operands,
-                (mask, bias, alibi_slopes, sinks, seqlens_q, seqlens_kv, cu_seqlens_q, cu_seqlens_kv, page_table),
-            )
-            parts = signature(operands, layout, q, k, (max_seqlen_q, max_seqlen_kv))
-        # 1 equals True as a key, but is not a flag: only the right types may find what was remembered.
-        typed = (
-            (causal is False or causal is True)
-            and (return_lse is False or return_lse is True)
-            and (scale is None or scale.__class__ is float or not isinstance(scale, bool))
+            and _context() is repeat.context
+            and _graph_task() == -1
+            and _grad_enabled() is repeat.grad
+            and _deterministic_enabled() is repeat.deterministic
+            # As runtime.variables_are_known.
+            and _isdisjoint(_seen.absent)
+            and (_seen.quiet or _seen.present <= environ_items)
+            and CONTEXT_PARALLEL not in _modules
         )
-        rest: Any = None
-        if not (
-            parts is window is policy is softcap is deterministic is max_seqlen_q is max_seqlen_kv is None
-            and dropout_p.__class__ is float
-            and dropout_p == 0.0
-        ):
-            if isinstance(window, list):
-                window = tuple(window)  # type: ignore[unreachable]  # a list cannot be a key
-            typed = typed and _right_types(deterministic, window, softcap, dropout_p)
-            rest = (parts, window, softcap, deterministic, max_seqlen_q, max_seqlen_kv, policy, dropout_p)
-        # As settings.current_context.
-        context = _context()
-        if context is NO_CONTEXT and _graph_task() != -1:
-            context = inherited_context()
-        key = (
-            q.shape,
-            k.shape,
-            v.shape,
-            q.is_contiguous() or q.stride(),
-            k.is_contiguous() or k.stride(),
-            v.is_contiguous() or v.stride(),
-            dtype,
-            k.dtype,
-            v.dtype,
-            where,
-            _grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
-            layout,
-            causal,
-            alignment,
-            scale,
-            return_lse,
-            backend,
-            rest,
-            _deterministic_enabled(),
-            context,
-        )
-        if not typed:
-            key = None  # type: ignore[assignment]
-        # As runtime.variables_are_known.
-        current = _isdisjoint(_seen.absent) and (_seen.quiet or _seen.present <= environ_items)
-        made = _plans.get(key) if current and not autocast else None
     except (AttributeError, TypeError, KeyError):
-        # Not tensors, or not hashable: the checks below say what is wrong, or find a list where a tuple was meant.
-        key, made, autocast = None, None, False
-        operands = Operands(
-            mask, bias, alibi_slopes, sinks, seqlens_q, seqlens_kv, cu_seqlens_q, cu_seqlens_kv, page_table
-        )
-    if made is None or made.watched:
-        return _autocast(locals()) if autocast else _first(locals())
+        # Not tensors, or not hashable: the checks further on say what is wrong.
+        known = False
+    if not known:
+        return _attend(q, k, v, operands, options, typed, repeat)
+    made = repeat.made  # type: ignore[union-attr]
     _set_last(made.decision)
     try:
         return made.run(q, k, v, operands)
     except Exception as error:
-        failed = runtime.demote(error, made.decision)
-        return _first({**locals(), "made": None, "failed": failed})
+        return _first(None, None, runtime.demote(error, made.decision), q, k, v, operands, options)
 
 
 def _by_name_alone(function: Any) -> inspect.Signature:
@@ -255,18 +236,99 @@ _OPTIONS = (
 )
 
 
-def _first(call: dict[str, Any]) -> Any:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, operands: Operands, options: tuple[Any, ...], typed: bool, repeat: Repeat | None
+) -> Any:
+    """A call unlike the last one with its options: its plan is looked up by all that it depends on."""
+    plain = type(q) is type(k) is type(v) is Tensor
+    if (not plain or _transform() is not None) and tracing.needed(q, k, v, *operands):
+        return tracing.attention(q, k, v, operands, *options)
+    if (not plain or CONTEXT_PARALLEL in _modules) and sharded(q, k, v):
+        return _of_dtensors(q, k, v, operands, options)
+    key: Any = None
+    try:
+        dtype = q.dtype
+        if q.is_cuda and k.is_cuda and v.is_cuda:
+            if _seen.several_gpus is None:  # known for good, now that CUDA is in use
+                _seen.several_gpus = torch.cuda.device_count() > 1
+            # As execution.device_facts, which would be one more call; so are the other checks here that are in line.
+            where: Any = (
+                (q.get_device(), k.get_device(), v.get_device()) if _seen.several_gpus else "the only GPU",
+                (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
+                _capturing(),
+                dtype is _float32 and tf32_allowed(),
+            )
+        else:
+            where = (q.is_cpu and k.is_cpu and v.is_cpu) or device_facts(q, k, v)
+        autocast = _any_autocast() and _autocast_on(q.device.type)
+        parts, longest = None, options[_LONGEST]
+        if operands is not NO_OPERANDS:
+            parts = signature(operands, options[0], q, k, longest)
+        # As settings.current_context.
+        context = _context()
+        if context is NO_CONTEXT and _graph_task() != -1:
+            context = inherited_context()
+        key = (
+            q.shape,
+            k.shape,
+            v.shape,
+            q.is_contiguous() or q.stride(),
+            k.is_contiguous() or k.stride(),
+            v.is_contiguous() or v.stride(),
+            dtype,
+            k.dtype,
+            v.dtype,
+            where,
+            _grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+            options,
+            parts,
+            _deterministic_enabled(),
+            context,
+        )
+        if not typed:
+            key = None
+        # As runtime.variables_are_known.
+        current = _isdisjoint(_seen.absent) and (_seen.quiet or _seen.present <= environ_items)
+        made = _plans.get(key) if current and not autocast else None
+    except (AttributeError, TypeError, KeyError):
+        key, made, autocast = None, None, False
+    if autocast:
+        return _autocast(q, k, v, operands, options)
+    if made is None or made.watched:
+        return _first(key, made, {}, q, k, v, operands, options)
+    if repeat is None or repeat.made is not made:
+        runtime.repeated(options, Repeat(made), key)
+    elif plain:
+        runtime.repeated(options, Repeat.of(made, q, k, v, operands, longest, context), key)
+    _set_last(made.decision)
+    try:
+        return made.run(q, k, v, operands)
+    except Exception as error:
+        return _first(key, None, runtime.demote(error, made.decision), q, k, v, operands, options)
+
+
+_LONGEST = slice(_OPTIONS.index("max_seqlen_q"), _OPTIONS.index("max_seqlen_kv") + 1)
+
+
+def _first(
+    key: Any,
+    made: runtime.Plan | None,
+    failed: runtime.Failed,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: Operands,
+    options: tuple[Any, ...],
+) -> Any:
     """A call whose plan is not known yet, or is watched. Goes on to the next candidate as long as the policy does."""
-    key, made, failed = call["key"], call["made"], call.get("failed", {})
-    tensors = call["q"], call["k"], call["v"], call["operands"]
-    options = {name: call[name] for name in _OPTIONS}
+    tensors, named = (q, k, v, operands), dict(zip(_OPTIONS, options, strict=True))
     while True:
         if made is None:
-            made = runtime.plan(key, *tensors, options, failed)
+            made = runtime.plan(key, *tensors, named, failed)
         _set_last(made.decision)
         try:
             if made.watched:
-                made = runtime.examine(made, *tensors, options, failed)
+                made = runtime.examine(made, *tensors, named, failed)
                 _set_last(made.decision)
             return made.run(*tensors)
         except Exception as error:
@@ -274,11 +336,10 @@ def _first(call: dict[str, Any]) -> Any:
             made = None
 
 
-def _of_dtensors(call: dict[str, Any]) -> Any:
+def _of_dtensors(q: Tensor, k: Tensor, v: Tensor, operands: Operands, options: tuple[Any, ...]) -> Any:
     from attnrt.distributed import dtensor
 
-    operands = Operands(**{name: call[name] for name in Operands._fields})
-    return dtensor.attend(call["q"], call["k"], call["v"], operands, {name: call[name] for name in _OPTIONS})
+    return dtensor.attend(q, k, v, operands, dict(zip(_OPTIONS, options, strict=True)))
 
 
 def _right_types(flag: Any, window: Any, softcap: Any, dropout_p: Any) -> bool:
@@ -291,14 +352,14 @@ def _autocast_on(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind) and _autocast_enabled(kind)
 
 
-def _autocast(call: dict[str, Any]) -> Any:
+def _autocast(q: Tensor, k: Tensor, v: Tensor, operands: Operands, options: tuple[Any, ...]) -> Any:
     """Cast q, k and v to autocast's dtype (float64 stays), as torch's SDPA does, and run with autocast off."""
-    options = {name: call[name] for name in (*_OPTIONS, *Operands._fields)}
-    kind = call["q"].device.type
+    kind = q.device.type
     dtype = torch.get_autocast_dtype(kind)
-    tensors = (call[n] if call[n].dtype is torch.float64 else call[n].to(dtype) for n in ("q", "k", "v"))
+    tensors: Any = (t if t.dtype is torch.float64 else t.to(dtype) for t in (q, k, v))
     with torch.autocast(kind, enabled=False):
-        return attention(*tensors, **options)
+        named: dict[str, Any] = {**dict(zip(_OPTIONS, options, strict=True)), **operands._asdict()}
+        return attention(*tensors, **named)
 
 
 def explain(

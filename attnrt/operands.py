@@ -255,6 +255,8 @@ def signature(operands: Operands, layout: str, q: Tensor, k: Tensor, longest: tu
     if not to_read and (layout != "thd" or (longest[0].__class__ is int and longest[1].__class__ is int)):
         # On a GPU no value is looked at, and whatever else could be wrong is in the key: `bind` refused it.
         return (*parts, same_lengths(lengths_q, lengths_kv) or same_lengths(cu_q, cu_kv))
+    if layout.__class__ is not str:  # an array, say, which is not equal to anything
+        return (None,)
     dims = 3 if layout == "thd" else 4
     if q.ndim != dims or k.ndim != dims:
         return tuple(parts)

@@ -22,6 +22,7 @@ from attnrt.errors import AdvisoryWarning, AttnrtError, BackendFailed, BackendUn
 from attnrt.garbage import put_off_once
 from attnrt.operands import Operands, bind
 from attnrt.pins import Pin, pinned
+from attnrt.repeats import Repeat
 from attnrt.report import text
 from attnrt.request import AttentionRequest
 from attnrt.selector import select
@@ -46,6 +47,7 @@ Failed = Mapping[str, Reason]
 """Backends that cannot serve a call, because they failed in it or before."""
 MAX_PLANS = 4096
 MAX_DEMOTED = 1024
+MAX_REPEATS = 1024
 BY_ARGUMENT = "the argument deterministic="
 BIG = 64 << 20
 """Bytes of scores from which free memory is read anew; below it the answer cannot matter."""
@@ -67,6 +69,8 @@ class Plan:
 
 plans: dict[Any, Plan] = {}
 """Plans by raw signature. Bounded: the oldest quarter goes when it is full."""
+repeats: dict[Any, Repeat] = {}
+"""The last call with each set of options. Bounded: all go when it is full."""
 
 
 class Seen:
@@ -110,7 +114,7 @@ def variables() -> Variables:
         known = read_variables()
         given = {name: value for name, value in zip(ENCODED, values, strict=True) if value is not None}
         with _lock:
-            plans.clear()
+            _forget_plans()
             _settings.cache_clear()
             seen.variables, seen.quiet = known, False
             seen.present, seen.absent = given.items(), _OURS - given.keys()
@@ -123,9 +127,15 @@ def variables_are_known() -> bool:
     return environ_keys.isdisjoint(seen.absent) and (seen.quiet or seen.present <= environ_items)
 
 
+def _forget_plans() -> None:
+    """`repeats` last: see `repeated`."""
+    plans.clear()
+    repeats.clear()
+
+
 def _forget_choices() -> None:
     with _lock:
-        plans.clear()
+        _forget_plans()
         seen.variables = None  # names in them may be unknown now
 
 
@@ -275,6 +285,15 @@ def remember(key: Any, made: Plan) -> None:
         plans[key] = made
 
 
+def repeated(options: Any, repeat: Repeat, key: Any) -> None:
+    """Note it, unless its plan has just been forgotten."""
+    if len(repeats) >= MAX_REPEATS:
+        repeats.clear()
+    repeats[options] = repeat
+    if plans.get(key) is not repeat.made:
+        repeats.pop(options, None)
+
+
 def demote(error: Exception, decision: Decision) -> Failed:
     """Record that the chosen kernel failed, if the policy goes on to the next; raise if it does not.
 
@@ -309,6 +328,7 @@ def demote(error: Exception, decision: Decision) -> Failed:
         )
         for key in [key for key, made in plans.items() if made.decision.request == decision.request]:
             del plans[key]
+        repeats.clear()
     warnings.warn(f"attnrt: {summary}; trying the next backend", DemotionWarning, stacklevel=4)
     return {}
 
@@ -378,7 +398,7 @@ def refresh() -> None:
     for also in on_refresh:
         also()
     with _lock:
-        plans.clear()
+        _forget_plans()
         _demoted.clear()
         _announced.clear()
         _warned.clear()

@@ -1,0 +1,125 @@
+"""A call like the last one with its options, recognised by torch's guards instead of by reading its tensors in Python.
+
+A model makes one call for each layer, all on tensors of one geometry. What a plan depends on is some twenty properties
+of three tensors; behind a kernel's launch, with Python out of the processor's caches, reading them takes three times
+what it does in a loop. The guards with which torch.compile checks its graphs compare the same properties in one call:
+Python type, dispatch keys (kind of device, layout, conjugation, inference, autocast, torch.func), dtype, device, sizes,
+strides, requires_grad, and that no tensor is passed twice.
+
+They are not public in PyTorch: only releases whose guards were read are asked, and elsewhere, or where they say no,
+each call reads its tensors as before. Either way it finds the same plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from attnrt.lengths import same_lengths
+from attnrt.operands import NO_OPERANDS, Operands
+
+if TYPE_CHECKING:
+    from attnrt.runtime import Plan
+    from attnrt.settings import Context
+
+READ = ("2.11.", "2.12.", "2.13.")
+"""Releases of torch whose guards compare what is said above."""
+try:
+    from torch._C._dynamo.guards import TensorGuards
+
+    _read = torch.__version__.startswith(READ)
+except ImportError:
+    _read = False
+_KV_SIDE = (Operands._fields.index("seqlens_kv"), Operands._fields.index("cu_seqlens_kv"))
+
+
+class Repeat:
+    """What the last call with some options was like. Never changed: another thread may be looking at it.
+
+    Attributes:
+        made: its plan. same: whether q, k and v are like its own, where it had no operands. same_with: whether they and
+        the operands are. aligned: the low bits of q's, k's and v's addresses on a GPU, None elsewhere. capturing: a
+        CUDA graph, there. grad: the gradients' mode.
+    """
+
+    __slots__ = ("aligned", "capturing", "context", "deterministic", "grad", "made", "same", "same_with")
+
+    def __init__(self, made: Plan) -> None:
+        """Of a call that was made once: its plan alone."""
+        self.made = made
+        self.same: Callable[..., bool] = _no
+        self.same_with: Callable[..., bool] = _no
+        self.context: Context | None = None
+        self.aligned: int | None = None
+        self.capturing = self.grad = self.deterministic = False
+
+    @classmethod
+    def of(
+        cls,
+        made: Plan,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        operands: Operands,
+        longest: tuple[int | None, int | None],
+        context: Context,
+    ) -> Repeat:
+        """Of a call that was made twice. Some are never recognised. longest: `max_seqlen_q` and `max_seqlen_kv`."""
+        self = cls(made)
+        if not _read or (q.is_cuda and q.dtype is torch.float32):  # where TF32 may be switched
+            return self
+        self.context, self.grad = context, torch.is_grad_enabled()
+        self.deterministic = torch.are_deterministic_algorithms_enabled()
+        if q.is_cuda:
+            self.aligned = (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15
+            self.capturing = torch.cuda.is_current_stream_capturing()
+        if operands is NO_OPERANDS:
+            self.same = _guards(q, k, v).check
+        elif operands.cu_seqlens_q is None or None not in longest:
+            self.same_with = _with_operands(q, k, v, operands)
+        return self
+
+
+def _no(*tensors: Any) -> bool:
+    return False
+
+
+def _guards(*tensors: Tensor) -> Any:
+    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+
+
+def _with_operands(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Callable[..., bool]:
+    """As the `signature` of operands whose values nothing looks at: lengths on a CPU are checked each time."""
+    *_, lengths_q, lengths_kv, cu_q, cu_kv, table = operands
+    if any(t is not None and not t.is_cuda for t in (lengths_q, lengths_kv, cu_q, cu_kv, table)):
+        return _no
+    places = [i for i, t in enumerate(operands) if t is not None and (i not in _KV_SIDE or t is not operands[i - 1])]
+    pattern, check = _pattern(operands), _guards(q, k, v, *[t for i in places if (t := operands[i]) is not None]).check
+
+    def same_with(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> bool:
+        return _pattern(operands) == pattern and bool(check(q, k, v, *[operands[i] for i in places]))
+
+    return same_with
+
+
+def _pattern(operands: Operands) -> tuple[bool, ...]:
+    """Which there are, and which lengths of keys are those of the queries."""
+    mask, bias, alibi_slopes, sinks, lengths_q, lengths_kv, cu_q, cu_kv, table = operands
+    return (
+        mask is None,
+        bias is None,
+        alibi_slopes is None,
+        sinks is None,
+        lengths_q is None,
+        lengths_kv is None,
+        lengths_q is lengths_kv,
+        lengths_q is not lengths_kv and same_lengths(lengths_q, lengths_kv),
+        cu_q is None,
+        cu_kv is None,
+        cu_q is cu_kv,
+        cu_q is not cu_kv and same_lengths(cu_q, cu_kv),
+        table is None,
+    )

@@ -1,0 +1,251 @@
+"""A call like the last one is recognised at once; nobody can tell from what it gives, whatever changed in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnrt
+from attnrt import api, repeats, runtime
+
+pytestmark = pytest.mark.usefixtures("fresh")
+Made = dict[str, Any]
+
+
+def call(dtype: torch.dtype = torch.float32, **options: Any) -> Made:
+    made: Made = {n: torch.randn(2, 4, 16, 8).to(dtype) for n in "qkv"}
+    return {**made, "causal": True, **options}
+
+
+def last() -> attnrt.Decision:
+    decision = attnrt.last_decision()
+    assert decision is not None
+    return decision
+
+
+@pytest.fixture
+def looked_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A line for each call that was looked up by its tensors."""
+    seen: list[str] = []
+
+    class Noting(dict[Any, Any]):
+        def get(self, key: Any, default: Any = None) -> Any:
+            seen.append("looked up")
+            return runtime.plans.get(key, default)
+
+    monkeypatch.setattr(api, "_plans", Noting())
+    return seen
+
+
+def test_is_recognised(looked_up: list[str]) -> None:
+    for mask in (None, torch.ones(16, 16, dtype=torch.bool)):
+        first = call(mask=mask)
+        for _ in range(3):
+            attnrt.attention(**first)
+        looked_up.clear()
+        for _ in range(3):  # other tensors of the same kind
+            other = call(mask=None if mask is None else mask.clone())
+            want = attnrt.attention(**other, backend="reference")
+            looked_up.clear()
+            torch.testing.assert_close(attnrt.attention(**other), want)
+            assert not looked_up and last().backend == attnrt.explain(**other).backend
+
+
+def test_without_the_guards(monkeypatch: pytest.MonkeyPatch, looked_up: list[str]) -> None:
+    """In a release of torch that nobody looked at yet."""
+    monkeypatch.setattr(repeats, "_read", False)
+    made = call()
+    want = attnrt.attention(**made)
+    for n in range(1, 5):
+        assert torch.equal(attnrt.attention(**made), want) and len(looked_up) == n + 1
+
+
+def test_this_release_has_been_looked_at() -> None:
+    assert repeats._read
+
+
+def swapped(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+CHANGES: dict[str, Callable[[Made], Made]] = {
+    "batch": lambda m: m | {n: m[n][:1] for n in "qkv"},
+    "length of the keys": lambda m: m | {n: m[n][:, :, :9] for n in "kv"} | {"alignment": "top_left"},
+    "length": lambda m: m | {n: m[n][:, :, :9] for n in "qkv"},
+    "KV heads": lambda m: m | {n: m[n][:, :2] for n in "kv"},
+    "head dim of v": lambda m: m | {"v": m["v"][..., :4]},
+    "strides": lambda m: m | {"k": swapped(m["k"])},
+    "dtype": lambda m: m | {n: m[n].double() for n in "qkv"},
+    "gradient": lambda m: m | {"v": m["v"].clone().requires_grad_()},
+    "parameter": lambda m: m | {"q": torch.nn.Parameter(m["q"])},
+    "one tensor twice": lambda m: m | {"v": m["k"]},
+    "conjugation": lambda m: m | {"v": torch._neg_view(m["v"])},
+    "causal": lambda m: m | {"causal": False},
+    "scale": lambda m: m | {"scale": 0.3},
+    "window": lambda m: m | {"window": (3, 0)},
+    "softcap": lambda m: m | {"softcap": 3.0},
+    "deterministic": lambda m: m | {"deterministic": True},
+    "dropout": lambda m: m | {"dropout_p": 0.5},
+    "backend": lambda m: m | {"backend": "reference"},
+    "policy": lambda m: m | {"policy": "deterministic"},
+    "LSE": lambda m: m | {"return_lse": True},
+    "layout": lambda m: m | {n: m[n].transpose(1, 2) for n in "qkv"} | {"layout": "bshd"},
+    "mask": lambda m: m | {"mask": torch.rand(16, 16) < 0.5},
+    "mask for each head": lambda m: m | {"mask": torch.rand(4, 16, 16) < 0.5},
+    "bias": lambda m: m | {"bias": torch.randn(16, 16)},
+    "bias with a gradient": lambda m: m | {"bias": torch.randn(16, 16).requires_grad_()},
+    "lengths": lambda m: m | {"seqlens_kv": torch.tensor([3, 16], dtype=torch.int32), "alignment": "top_left"},
+}
+
+
+@pytest.mark.parametrize("before", [{}, {"mask": torch.ones(1, 1, dtype=torch.bool)}], ids=["plain", "masked"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_is_seen(change: str, before: Made) -> None:
+    usual = call(**before)
+    for _ in range(3):
+        attnrt.attention(**usual)
+    changed = CHANGES[change](usual)
+    for made in (changed, usual, changed, changed, changed, usual):
+        torch.manual_seed(0)
+        got = attnrt.attention(**made)
+        request = last().request
+        assert request == attnrt.explain(**made).request and last().backend == attnrt.explain(**made).backend
+        if "dropout_p" not in made:
+            want = attnrt.attention(**{**made, "backend": "reference"})
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "a forced backend": lambda: attnrt.use_backend("reference"),
+    "a disabled backend": lambda: attnrt.override(disable=["torch"]),
+    "a policy": lambda: attnrt.override(policy="deterministic"),
+    "no_grad": torch.no_grad,
+    "inference mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast of a GPU": lambda: torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()),
+    "nothing": nullcontext,
+}
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("around", SURROUNDINGS)
+def test_whatever_is_around_is_seen(around: str, grad: bool) -> None:
+    made = call()
+    made |= {n: made[n].requires_grad_(grad) for n in "qkv"}
+    for _ in range(3):
+        out = attnrt.attention(**made)
+    assert out.requires_grad is grad
+    for _ in range(3):
+        with SURROUNDINGS[around]():
+            for _ in range(2):
+                out = attnrt.attention(**made)
+                want = attnrt.explain(**made)
+                assert (last().backend, last().request) == (want.backend, want.request)
+                assert out.dtype == (torch.bfloat16 if around == "autocast" else torch.float32)
+                assert out.requires_grad is (grad and around not in ("no_grad", "inference mode"))
+        assert attnrt.attention(**made).requires_grad is grad
+        assert last().request == attnrt.explain(**made).request
+
+
+def test_switches_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = call()
+    made["q"].requires_grad_()
+    for _ in range(3):
+        attnrt.attention(**made)
+    torch.use_deterministic_algorithms(True)
+    try:
+        attnrt.attention(**made)
+        assert last().request.deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
+    attnrt.attention(**made)
+    assert not last().request.deterministic and last().backend == "torch"
+    monkeypatch.setenv("ATTNRT_BACKEND", "reference")
+    attnrt.attention(**made)
+    assert last().backend == "reference"
+    monkeypatch.delenv("ATTNRT_BACKEND")
+    attnrt.attention(**made)
+    assert last().backend == "torch"
+    monkeypatch.setenv("ATTNRT_REPORT", "perhaps")
+    with pytest.raises(attnrt.VariableError):
+        attnrt.attention(**made)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ({"causal": True}, {"causal": 1}),
+        ({"causal": False}, {"causal": 0.0}),
+        ({"scale": 1.0}, {"scale": True}),
+        ({"window": (1, 0)}, {"window": (True, 0)}),
+        ({"window": (1, 0)}, {"window": (1.0, 0)}),
+        ({"softcap": 1.0}, {"softcap": True}),
+        ({"return_lse": False}, {"return_lse": 0}),
+        ({"deterministic": True}, {"deterministic": 1}),
+        ({"dropout_p": 0.0}, {"dropout_p": False}),
+    ],
+)
+def test_equal_is_not_the_same(right: Made, wrong: Made) -> None:
+    made = call() | right
+    for _ in range(3):
+        attnrt.attention(**made)
+    with pytest.raises((attnrt.ArgumentError, attnrt.ArgumentTypeError)):
+        attnrt.attention(**{**made, **wrong})
+
+
+@pytest.mark.parametrize("name", "qkv")
+def test_no_tensor(name: str) -> None:
+    made = call()
+    for _ in range(3):
+        attnrt.attention(**made)
+    for garbage in (None, 3, [1.0], "q"):
+        with pytest.raises(attnrt.ArgumentTypeError, match=name):
+            attnrt.attention(**{**made, name: garbage})
+
+
+def test_lengths_are_read_each_time() -> None:
+    lengths = torch.tensor([3, 16], dtype=torch.int32)
+    made = call(seqlens_kv=lengths, alignment="top_left")
+    for _ in range(3):
+        attnrt.attention(**made)
+    lengths[0] = 17
+    with pytest.raises(attnrt.ArgumentError, match="seqlens_kv"):
+        attnrt.attention(**made)
+
+
+def test_a_forgotten_plan_is_not_run() -> None:
+    made = call()
+    for _ in range(3):
+        attnrt.attention(**made)
+    assert runtime.repeats
+    attnrt.refresh()
+    assert not runtime.repeats and not runtime.plans
+    attnrt.attention(**made)
+    assert runtime.plans
+
+
+def test_torch_func_is_seen() -> None:
+    made = call()
+    for _ in range(3):
+        attnrt.attention(**made)
+    q = made.pop("q")
+    with pytest.raises(attnrt.ArgumentError, match="vmap"):
+        torch.func.vmap(lambda x: attnrt.attention(x, made["k"], made["v"], causal=True))(q[None])
+    grad = torch.func.grad(lambda x: attnrt.attention(x, made["k"], made["v"], causal=True).square().sum())(q)
+    leaf = q.clone().requires_grad_()
+    attnrt.attention(leaf, made["k"], made["v"], causal=True).square().sum().backward()
+    torch.testing.assert_close(grad, leaf.grad)
+
+
+def test_they_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "MAX_REPEATS", 8)
+    made = call()
+    for i in range(40):
+        for _ in range(3):
+            attnrt.attention(**made, scale=1.0 + i)
+        assert 0 < len(runtime.repeats) <= 8
