@@ -20,14 +20,14 @@ from attnrt.request import AttentionRequest
 from attnrt.settings import (
     NO_CONTEXT,
     PolicySpec,
+    environ_in_order,
     environ_items,
-    environ_keys,
     inherited_context,
     own_context,
 )
 from attnrt.sharded import CONTEXT_PARALLEL, sharded
 
-_set_last = execution.last.set
+_get_last, _set_last = execution.last.get, execution.last.set
 _capturing: Any = vars(torch.cuda.graphs)["_cuda_isCurrentStreamCapturing"]
 """What torch.cuda.is_current_stream_capturing calls."""
 _float32 = torch.float32
@@ -36,7 +36,6 @@ _graph_task = torch._C._current_graph_task_id
 _plans = runtime.plans
 _repeats = runtime.repeats
 _seen = runtime.seen
-_isdisjoint = environ_keys.isdisjoint
 _grad_enabled = torch.is_grad_enabled
 _autocast_enabled = torch.is_autocast_enabled
 _any_autocast = torch._C._is_any_autocast_enabled  # half the price of asking for one device
@@ -193,8 +192,7 @@ def attention(  # type: ignore[misc]
             and _graph_task() == -1
             and _grad_enabled() is repeat.grad
             and _deterministic_enabled() is repeat.deterministic
-            # As runtime.variables_are_known.
-            and _isdisjoint(_seen.absent)
+            and next(reversed(environ_in_order), None) is _seen.newest
             and (_seen.quiet or _seen.present <= environ_items)
             and CONTEXT_PARALLEL not in _modules
         )
@@ -204,7 +202,8 @@ def attention(  # type: ignore[misc]
     if not known:
         return _attend(q, k, v, operands, options, typed, repeat)
     made = repeat.made  # type: ignore[union-attr]
-    _set_last(made.decision)
+    if _get_last() is not made.decision:
+        _set_last(made.decision)
     try:
         return made.run(q, k, v, operands)
     except Exception as error:
@@ -287,9 +286,7 @@ def _attend(
         )
         if not typed:
             key = None
-        # As runtime.variables_are_known.
-        current = _isdisjoint(_seen.absent) and (_seen.quiet or _seen.present <= environ_items)
-        made = _plans.get(key) if current and not autocast else None
+        made = _plans.get(key) if runtime.variables_are_known() and not autocast else None
     except (AttributeError, TypeError, KeyError):
         key, made, autocast = None, None, False
     if autocast:

@@ -22,8 +22,8 @@ from attnrt.runtime import Plan
 from attnrt.settings import (
     NO_CONTEXT,
     current_context,
+    environ_in_order,
     environ_items,
-    environ_keys,
     inherited_context,
     own_context,
 )
@@ -44,7 +44,6 @@ policies: dict[str, Policy] = {}
 _modules = sys.modules
 _seen = runtime.seen
 _repeats = runtime.repeats
-_isdisjoint = environ_keys.isdisjoint
 _graph_task = torch._C._current_graph_task_id
 _deterministic_enabled = torch._C._get_deterministic_algorithms
 
@@ -124,7 +123,6 @@ def inference(q: Tensor, k: Tensor, v: Tensor, operands: Operands, call: str, ch
     if CONTEXT_PARALLEL in _modules:
         refuse_inside_context_parallel()
     repeat = _repeats.get((call, choice))
-    current = _isdisjoint(_seen.absent) and (_seen.quiet or _seen.present <= environ_items)
     if (  # as in attnrt.api, where the gradients' mode counts too
         repeat is not None
         and (repeat.same(q, k, v) if operands is NO_OPERANDS else repeat.same_with(q, k, v, operands))
@@ -137,10 +135,12 @@ def inference(q: Tensor, k: Tensor, v: Tensor, operands: Operands, call: str, ch
         and own_context() is repeat.context
         and _graph_task() == -1
         and _deterministic_enabled() is repeat.deterministic
-        and current
+        and next(reversed(environ_in_order), None) is _seen.newest
+        and (_seen.quiet or _seen.present <= environ_items)
     ):
         made = repeat.made
-        last.set(made.decision)
+        if last.get() is not made.decision:
+            last.set(made.decision)
         try:
             out = made.run(q, k, v, operands)
         except Exception as error:
@@ -171,7 +171,7 @@ def inference(q: Tensor, k: Tensor, v: Tensor, operands: Operands, call: str, ch
         _deterministic_enabled(),
         context,
     )
-    found = runtime.plans.get(key) if current else None
+    found = runtime.plans.get(key) if runtime.variables_are_known() else None
     if found is None or found.watched:
         options = settled(call, choice)
         out = _first(key, found, {}, q, k, v, operands, options, False)

@@ -96,30 +96,22 @@ def _with_operands(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Calla
     *_, lengths_q, lengths_kv, cu_q, cu_kv, table = operands
     if any(t is not None and not t.is_cuda for t in (lengths_q, lengths_kv, cu_q, cu_kv, table)):
         return _no
+    kinds, twins = tuple(map(type, operands)), [_twin(operands, i) for i in _KV_SIDE]
     places = [i for i, t in enumerate(operands) if t is not None and (i not in _KV_SIDE or t is not operands[i - 1])]
-    pattern, check = _pattern(operands), _guards(q, k, v, *[t for i in places if (t := operands[i]) is not None]).check
+    check = _guards(q, k, v, *[t for i in places if (t := operands[i]) is not None]).check
+    pairs = [i for i in _KV_SIDE if operands[i] is not None and operands[i - 1] is not None]
 
     def same_with(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> bool:
-        return _pattern(operands) == pattern and bool(check(q, k, v, *[operands[i] for i in places]))
+        return (
+            tuple(map(type, operands)) == kinds
+            and bool(check(q, k, v, *[operands[i] for i in places]))
+            and (not pairs or [_twin(operands, i) for i in _KV_SIDE] == twins)
+        )
 
     return same_with
 
 
-def _pattern(operands: Operands) -> tuple[bool, ...]:
-    """Which there are, and which lengths of keys are those of the queries."""
-    mask, bias, alibi_slopes, sinks, lengths_q, lengths_kv, cu_q, cu_kv, table = operands
-    return (
-        mask is None,
-        bias is None,
-        alibi_slopes is None,
-        sinks is None,
-        lengths_q is None,
-        lengths_kv is None,
-        lengths_q is lengths_kv,
-        lengths_q is not lengths_kv and same_lengths(lengths_q, lengths_kv),
-        cu_q is None,
-        cu_kv is None,
-        cu_q is cu_kv,
-        cu_q is not cu_kv and same_lengths(cu_q, cu_kv),
-        table is None,
-    )
+def _twin(operands: Operands, kv: int) -> str:
+    """Whether the lengths of the keys are those of the queries: one tensor, or another at the same place."""
+    ours, theirs = operands[kv], operands[kv - 1]
+    return "one" if ours is theirs else "alike" if same_lengths(ours, theirs) else "no"

@@ -468,8 +468,15 @@ NAMES = (
 )
 """Every environment variable that is read."""
 environ_get = _environ.get
-environ_keys, environ_items = _environ.keys(), _environ.items()
+environ_keys, environ_items, environ_in_order = _environ.keys(), _environ.items(), _environ.values()
 ENCODED = _encoded(NAMES)
+
+
+def newest_value() -> object:
+    """The raw value, as an object, of the variable that was set last among those that there are. While it is the same
+    object, none was added: os.environ keeps them in order, and encodes a value anew whenever one is set."""
+    newest = next(reversed(environ_in_order), "")
+    return newest if len(newest) > 1 else object()  # Python has but one of each shorter one
 
 
 def environ_values() -> list[Any]:

@@ -147,8 +147,8 @@ def ways(
         return None
     how = kernel.adapter().call(request, here)
     function, fixed = library.functions[how.function], how.fixed
-    given = how.given(operands) | kernel.adapter().extra(request, here)
-
+    given = {name: getattr(operands, source) for name, source in how.tensors.items()}
+    given |= kernel.adapter().extra(request, here)
     passed = dict(zip(how.inputs, (q, k, v), strict=True)) | fixed | given
 
     def direct() -> Tensor:

@@ -249,3 +249,49 @@ def test_they_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(3):
             attnrt.attention(**made, scale=1.0 + i)
         assert 0 < len(runtime.repeats) <= 8
+
+
+def test_a_new_variable_is_seen_whatever_the_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call looks only whether the newest variable is still the newest one."""
+    made = call()
+    for last_one, value in (("Z", "zz"), ("ZZ", "z"), ("ZZ", ""), ("ZZ", "zz")):
+        monkeypatch.setenv(last_one, value)
+        for _ in range(4):
+            attnrt.attention(**made)
+        assert last().backend == "torch"
+        monkeypatch.setenv("ATTNRT_BACKEND", "reference")
+        monkeypatch.delenv(last_one)
+        monkeypatch.setenv(last_one, value)
+        attnrt.attention(**made)
+        assert last().backend == "reference"
+        monkeypatch.delenv("ATTNRT_BACKEND")
+        attnrt.attention(**made)
+        assert last().backend == "torch"
+        monkeypatch.delenv(last_one)
+        attnrt.attention(**made)
+
+
+def test_a_variable_of_no_interest_costs_one_look(monkeypatch: pytest.MonkeyPatch, looked_up: list[str]) -> None:
+    made = call()
+    for _ in range(3):
+        attnrt.attention(**made)
+    monkeypatch.setenv("SOMETHING", "else")
+    looked_up.clear()
+    for _ in range(3):
+        attnrt.attention(**made)
+    assert len(looked_up) == 1
+
+
+@pytest.mark.parametrize("given", ["q", "kv", "both", "one", "alike"])
+def test_lengths_of_both_sides(given: str) -> None:
+    """On a meta device no length is read, and a call with them is recognised by what they are like."""
+    lengths = torch.full((2,), 16, dtype=torch.int32)
+    same = {"q": lengths, "kv": lengths} if given == "one" else {"q": lengths, "kv": lengths.clone()}
+    if given == "alike":
+        same["kv"] = lengths[:]
+    usual = {f"seqlens_{n}": same[n] for n in ("q", "kv") if given not in "qkv" or n == given}
+    made = call(**usual, alignment="top_left")
+    want = attnrt.attention(**made, backend="reference")
+    for _ in range(4):
+        torch.testing.assert_close(attnrt.attention(**made), want)
+        assert last().request == attnrt.explain(**made).request

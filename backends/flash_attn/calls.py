@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -41,21 +40,6 @@ class Call:
         """Every keyword that will be passed, for a look at the real signature."""
         return dict.fromkeys((*self.inputs, *self.tensors)) | self.fixed
 
-    def given(self, operands: Operands) -> dict[str, Tensor]:
-        """The tensors of one call. Lengths are read with stride 1."""
-        found: dict[str, Tensor] = {}
-        before = dense = None
-        for name, at in self._places:
-            tensor: Tensor = operands[at]  # type: ignore[assignment]  # the request says that it is there
-            if tensor is not before:  # as cu_seqlens of self-attention
-                dense = tensor if tensor.is_contiguous() or tensor.stride(-1) == 1 else tensor.contiguous()
-                before = tensor
-            found[name] = dense  # type: ignore[assignment]
-        return found
-
-    @cached_property
-    def _places(self) -> tuple[tuple[str, int], ...]:
-        return tuple((name, Operands._fields.index(source)) for name, source in self.tensors.items())
 
 
 def window(r: AttentionRequest, unbounded: int | None) -> dict[str, Any]:
@@ -75,13 +59,22 @@ def as_passed(r: AttentionRequest) -> AttentionRequest:
 
 def bound(function: Callable[..., Any], how: Call, more: dict[str, Tensor]) -> Run:
     """The package's function with its arguments in place and those of `more`: (q, k, v, operands) gives what it gives.
-    Every line here costs each call."""
-    fixed, given, (q_name, k_name, v_name) = partial(function, **how.fixed, **more), how.given, how.inputs
-    if how.inputs != ("q", "k", "v"):
-        return lambda q, k, v, operands: fixed(**{q_name: q, k_name: k, v_name: v}, **given(operands))
-    if how.tensors:
-        return lambda q, k, v, operands: fixed(q=q, k=k, v=v, **given(operands))
-    return lambda q, k, v, operands: fixed(q=q, k=k, v=v)
+
+    Written out as one call by keyword, since a partial or a dictionary of them takes four times as long to hand on.
+    """
+    names: dict[str, Any] = {"function": function, "dense": _dense}
+    words = [f"{name}={given}" for name, given in zip(how.inputs, "qkv", strict=True)]
+    words += [f"{name}=dense(operands[{Operands._fields.index(source)}])" for name, source in how.tensors.items()]
+    for number, (name, value) in enumerate((how.fixed | more).items()):
+        names[f"fixed_{number}"] = value
+        words.append(f"{name}=fixed_{number}")
+    made: Run = eval(f"lambda q, k, v, operands: function({', '.join(words)})", names)
+    return made
+
+
+def _dense(lengths: Tensor) -> Tensor:
+    """As the packages read them: with stride 1."""
+    return lengths if lengths.is_contiguous() or lengths.stride(-1) == 1 else lengths.contiguous()
 
 
 def with_extra(
