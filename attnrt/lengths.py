@@ -106,6 +106,11 @@ def check_packing(operands: Operands, q: Tensor, k: Tensor) -> tuple[int, bool]:
     return batch, same_lengths(operands.cu_seqlens_q, operands.cu_seqlens_kv)
 
 
+def dense(x: Tensor) -> Tensor:
+    """As kernels read lengths, offsets and sinks: with stride 1, which a column of a table has not."""
+    return x if x.is_contiguous() or (x.ndim and x.stride(-1) == 1) else x.contiguous()
+
+
 def same_lengths(a: Tensor | None, b: Tensor | None) -> bool:
     """Both given and equal. Equal values of two tensors are seen on the CPU only; elsewhere it must be one tensor."""
     if a is None or b is None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attnrt.backends.base import FEATURE_NAMES, OPT_IN_NAMES, Backend, Rule
 from attnrt.environment import Environment
+from attnrt.lengths import dense
 from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
 
@@ -265,7 +266,7 @@ def _repack(out: Tensor, lse: Tensor, cu_seqlens: Tensor | None, tokens: int) ->
         empty = out.new_zeros(tokens, heads, dim) + out.sum()
         return empty, lse.new_full((heads, tokens), -math.inf)
     token = torch.arange(tokens, device=out.device, dtype=cu_seqlens.dtype)
-    sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
+    sequence = torch.searchsorted(dense(cu_seqlens), token, right=True) - 1
     inside = sequence.clamp(max=batch - 1)
     slot = token - cu_seqlens[inside]
     valid = (sequence < batch) & (slot < longest)

@@ -27,8 +27,7 @@ def cases(
     dims: tuple[int, ...] = (8, 16, 20),
 ) -> Case:
     """A call. `without` names features to leave out: softcap, bias_grad, alibi, sinks, padding, packed, window,
-    bottom_right, unequal_head_dims, empty, lse, gqa, or a kind of
-    strides."""
+    bottom_right, unequal_head_dims, empty, lse, gqa, or a kind of strides."""
 
     def maybe(feature: str, odds: int = 3) -> bool:
         return feature not in without and draw(st.integers(1, odds)) == 1
@@ -97,6 +96,8 @@ def cases(
     for t in (q, k, v):
         t.requires_grad_(training)
     grad = torch.randn(*q.shape[:-1], dim_v).to(dtype)
+    if torch.rand(()) < 0.3:  # by the seed, which is drawn
+        operands |= {name: _every_second(t) for name, t in operands.items() if name not in ("mask", "bias")}
     return Case(q, k, v, layout, Operands(**operands), grad, options)
 
 
@@ -106,6 +107,13 @@ def _lengths(batch: int, longest: int) -> Tensor:
     lengths[torch.rand(batch) < 0.2] = 0
     lengths[torch.randint(batch, ())] = longest
     return lengths
+
+
+def _every_second(x: Tensor) -> Tensor:
+    """The same values, as a column of a wider table."""
+    table = x.detach().unsqueeze(-1).repeat(*[1] * x.ndim, 2)
+    table[..., 1] = 1000
+    return table[..., 0].requires_grad_(x.requires_grad)
 
 
 def _offsets(lengths: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from attnrt.backends.cudnn.graphs import GraphSpec, Plane, Uid
 from attnrt.backends.cudnn.layouts import Strides
 from attnrt.backends.cudnn.plans import PLANS, Plan
 from attnrt.backends.cudnn.rows import CONSTANTS
+from attnrt.lengths import dense
 from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
 
@@ -96,7 +97,7 @@ class Launch:
         batch = self.spec.shape.batch
         cu_q, cu_kv = operands.cu_seqlens_q, operands.cu_seqlens_kv
         assert cu_q is not None and cu_kv is not None
-        same = self.together
+        cu_q, cu_kv, same = dense(cu_q), dense(cu_kv), self.together
         if batch != self.request.batch:  # sequences of length zero fill the bucket
             first = tuple(min(b, self.request.batch) for b in range(batch + 1))
             index = CONSTANTS.get(first, torch.int32, device)

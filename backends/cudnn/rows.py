@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attnrt.backends.cudnn.device import capturing
+from attnrt.lengths import dense
 from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
 
@@ -73,7 +74,7 @@ def lengths(r: AttentionRequest, operands: Operands, device: torch.device) -> tu
 
     def known(given: Tensor | None, longest: int) -> Tensor:
         if given is not None:
-            return given.contiguous()
+            return dense(given)
         return CONSTANTS.get((longest,) * r.batch, torch.int32, device)
 
     return known(operands.seqlens_q, r.seqlen_q), known(operands.seqlens_kv, r.seqlen_kv)
@@ -84,7 +85,7 @@ def dead_rows(r: AttentionRequest, length_q: Tensor, length_kv: Tensor, cu_seqle
     if cu_seqlens_q is None:
         return dead_grid(r, length_q, length_kv, r.seqlen_q)
     token = torch.arange(r.tokens_q, device=length_q.device, dtype=torch.int32)
-    sequence = torch.searchsorted(cu_seqlens_q[1:], token, right=True, out_int32=True).clamp_(max=r.batch - 1)
+    sequence = torch.searchsorted(dense(cu_seqlens_q[1:]), token, right=True, out_int32=True).clamp_(max=r.batch - 1)
     row = token - cu_seqlens_q[sequence]  # past the end of the last sequence, for tokens of none
     return _sees_nothing(r, row, length_q[sequence], length_kv[sequence])
 
@@ -118,17 +119,17 @@ def unread_keys(r: AttentionRequest, length_q: Tensor, cu_seqlens_kv: Tensor | N
     if cu_seqlens_kv is None:
         return (length_q == 0)[:, None]
     token = torch.arange(r.tokens_kv, device=length_q.device, dtype=torch.int32)
-    sequence = torch.searchsorted(cu_seqlens_kv[1:], token, right=True, out_int32=True).clamp_(max=r.batch - 1)
+    sequence = torch.searchsorted(dense(cu_seqlens_kv[1:]), token, right=True, out_int32=True).clamp_(max=r.batch - 1)
     return length_q[sequence] == 0
 
 
-def packed_rows(dense: Tensor, cu_seqlens_q: Tensor, tokens: int) -> Tensor:
+def packed_rows(rows: Tensor, cu_seqlens_q: Tensor, tokens: int) -> Tensor:
     """(Hq, T) from (B, Hq, S) numbers of a packed batch's rows; -inf for tokens of no sequence."""
-    token = torch.arange(tokens, device=dense.device, dtype=torch.int32)
-    sequence = torch.searchsorted(cu_seqlens_q[1:], token, right=True, out_int32=True)
+    token = torch.arange(tokens, device=rows.device, dtype=torch.int32)
+    sequence = torch.searchsorted(dense(cu_seqlens_q[1:]), token, right=True, out_int32=True)
     sequence = sequence.clamp_(max=cu_seqlens_q.numel() - 2)
-    row = (token - cu_seqlens_q[sequence]).clamp_(max=dense.shape[2] - 1)
-    found = dense[sequence.long(), :, row.long()].t()
+    row = (token - cu_seqlens_q[sequence]).clamp_(max=rows.shape[2] - 1)
+    found = rows[sequence.long(), :, row.long()].t()
     return found.masked_fill(token >= cu_seqlens_q[-1], -torch.inf)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnrt.backends.flash_attn.common import cut
 from attnrt.environment import Environment
+from attnrt.lengths import dense
 from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
 
@@ -62,7 +63,7 @@ def bound(function: Callable[..., Any], how: Call, more: dict[str, Tensor]) -> R
 
     Written out as one call by keyword, since a partial or a dictionary of them takes four times as long to hand on.
     """
-    names: dict[str, Any] = {"function": function, "dense": _dense}
+    names: dict[str, Any] = {"function": function, "dense": dense}
     words = [f"{name}={given}" for name, given in zip(how.inputs, "qkv", strict=True)]
     words += [f"{name}=dense(operands[{Operands._fields.index(source)}])" for name, source in how.tensors.items()]
     for number, (name, value) in enumerate((how.fixed | more).items()):
@@ -70,11 +71,6 @@ def bound(function: Callable[..., Any], how: Call, more: dict[str, Tensor]) -> R
         words.append(f"{name}=fixed_{number}")
     made: Run = eval(f"lambda q, k, v, operands: function({', '.join(words)})", names)
     return made
-
-
-def _dense(lengths: Tensor) -> Tensor:
-    """As the packages read them: with stride 1."""
-    return lengths if lengths.is_contiguous() or lengths.stride(-1) == 1 else lengths.contiguous()
 
 
 def with_extra(

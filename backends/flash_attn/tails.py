@@ -79,7 +79,7 @@ def _all(launch: Any, parts: Sequence[tuple[Tensor | None, Tensor | None]], lse:
     for x, offsets in parts:
         assert offsets is not None
         shape = (0, 0, 0, 0, 0) if x is None else (*x.shape, x.stride(0), x.stride(1))
-        arguments += [x, offsets, offsets.shape[0] - 1, *shape]
+        arguments += [x, offsets, (offsets.shape[0] - 1) * offsets.stride(0), *shape]
     launch(_clear, (PROGRAMS,), *arguments, lse, PROGRAMS=PROGRAMS, num_warps=4)
 
 
@@ -98,10 +98,10 @@ def _mask(_: Any, __: Any, *arguments: Any, **___: Any) -> None:
 if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator]
-    def _rows(x, offsets, batch, tokens, heads, dim, row, head, PROGRAMS: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _rows(x, offsets, last, tokens, heads, dim, row, head, PROGRAMS: tl.constexpr):  # type: ignore[no-untyped-def]
         if x is not None:
             columns = tl.arange(0, 256)
-            for t in range(tl.load(offsets + batch) + tl.program_id(0), tokens, PROGRAMS):
+            for t in range(tl.load(offsets + last) + tl.program_id(0), tokens, PROGRAMS):
                 for h in range(heads):
                     for d in range(0, dim, 256):
                         here = d + columns
@@ -110,16 +110,16 @@ if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _clear(  # type: ignore[no-untyped-def]
-        a, a_offsets, a_batch, a_tokens, a_heads, a_dim, a_row, a_head,
-        b, b_offsets, b_batch, b_tokens, b_heads, b_dim, b_row, b_head,
-        c, c_offsets, c_batch, c_tokens, c_heads, c_dim, c_row, c_head,
+        a, a_offsets, a_last, a_tokens, a_heads, a_dim, a_row, a_head,
+        b, b_offsets, b_last, b_tokens, b_heads, b_dim, b_row, b_head,
+        c, c_offsets, c_last, c_tokens, c_heads, c_dim, c_row, c_head,
         lse,
         PROGRAMS: tl.constexpr,
     ):  # fmt: skip
-        _rows(a, a_offsets, a_batch, a_tokens, a_heads, a_dim, a_row, a_head, PROGRAMS)
-        _rows(b, b_offsets, b_batch, b_tokens, b_heads, b_dim, b_row, b_head, PROGRAMS)
-        _rows(c, c_offsets, c_batch, c_tokens, c_heads, c_dim, c_row, c_head, PROGRAMS)
+        _rows(a, a_offsets, a_last, a_tokens, a_heads, a_dim, a_row, a_head, PROGRAMS)
+        _rows(b, b_offsets, b_last, b_tokens, b_heads, b_dim, b_row, b_head, PROGRAMS)
+        _rows(c, c_offsets, c_last, c_tokens, c_heads, c_dim, c_row, c_head, PROGRAMS)
         if lse is not None:
-            for t in range(tl.load(a_offsets + a_batch) + tl.program_id(0), a_tokens, PROGRAMS):
+            for t in range(tl.load(a_offsets + a_last) + tl.program_id(0), a_tokens, PROGRAMS):
                 for h in range(a_heads):
                     tl.store(lse + tl.cast(h, tl.int64) * a_tokens + t, float("-inf"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from attnrt.lengths import dense
 from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
 from attnrt.second_order import once_differentiable
@@ -46,6 +47,7 @@ def _call(
     r: AttentionRequest, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_kv: Tensor | None
 ) -> tuple[Tensor, ...]:
     """(output, LSE, rng_state, unused, debug_mask); a dead row's LSE is +inf."""
+    cu_q, cu_kv = None if cu_q is None else dense(cu_q), None if cu_kv is None else dense(cu_kv)
     return _forward(  # type: ignore[no-any-return]
         q, k, v, cu_q, cu_kv, r.seqlen_q, r.seqlen_kv, r.dropout_p, r.is_causal, False, scale=r.scale, **_window(r)
     )
@@ -139,8 +141,8 @@ def backward(
         v,
         out,
         total,
-        cu_q,
-        cu_kv,
+        None if cu_q is None else dense(cu_q),
+        None if cu_kv is None else dense(cu_kv),
         r.seqlen_q,
         r.seqlen_kv,
         r.dropout_p,

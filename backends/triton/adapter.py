@@ -20,6 +20,7 @@ from attnrt.backends.triton.rules import fused_backward
 from attnrt.backends.triton.scores import Matrix, Plane
 from attnrt.backends.triton.tiles import PASSES, Tile, block_dim, section, tile_for
 from attnrt.environment import Environment
+from attnrt.lengths import dense
 from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
 from attnrt.second_order import once_differentiable
@@ -378,12 +379,19 @@ def _row_values(x: Tensor | None) -> tuple[Any, int, int]:
 
 
 def _given(o: Operands) -> tuple[Tensor | None, ...]:
-    """The optional tensors as passes take them: mask (bytes), bias, slopes, sinks, lengths of queries and keys."""
+    """The optional tensors as passes take them: mask (bytes), bias, slopes, sinks, lengths of queries and keys. The
+    last three are read with stride 1."""
     return (
         None if o.mask is None else o.mask.view(torch.uint8),
-        *(o.bias, o.alibi_slopes, o.sinks),
-        o.seqlens_q if o.cu_seqlens_q is None else o.cu_seqlens_q,
-        o.seqlens_kv if o.cu_seqlens_kv is None else o.cu_seqlens_kv,
+        *(o.bias, o.alibi_slopes),
+        *[
+            None if x is None else dense(x)
+            for x in (
+                o.sinks,
+                o.seqlens_q if o.cu_seqlens_q is None else o.cu_seqlens_q,
+                o.seqlens_kv if o.cu_seqlens_kv is None else o.cu_seqlens_kv,
+            )
+        ],
     )
 
 
