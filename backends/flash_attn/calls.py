@@ -42,7 +42,6 @@ class Call:
         return dict.fromkeys((*self.inputs, *self.tensors)) | self.fixed
 
 
-
 def window(r: AttentionRequest, unbounded: int | None) -> dict[str, Any]:
     """`causal` and `window_size`: a plain causal mask goes by its own flag, an open side has its own number."""
     if not r.windowed:
