@@ -107,8 +107,9 @@ def check_packing(operands: Operands, q: Tensor, k: Tensor) -> tuple[int, bool]:
 
 
 def dense(x: Tensor) -> Tensor:
-    """As kernels read lengths, offsets and sinks: with stride 1, which a column of a table has not."""
-    return x if x.is_contiguous() or (x.ndim and x.stride(-1) == 1) else x.contiguous()
+    """As kernels read lengths, offsets and sinks: with stride 1, which a column of a table has not. One element is
+    contiguous with any stride, but flash-attn 4 looks at it."""
+    return x if not x.ndim or x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def same_lengths(a: Tensor | None, b: Tensor | None) -> bool:

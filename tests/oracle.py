@@ -18,8 +18,9 @@ from attnrt.operands import NO_OPERANDS, Operands, bind
 from attnrt.request import AttentionRequest
 
 ORDER = {"bhsd": "bhs", "bshd": "bsh", "sbhd": "sbh"}
-ABSOLUTE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 4e-6, torch.float64: 1e-12}
-"""Error always allowed, relative to the largest value (at least 1)."""
+ABSOLUTE = {torch.float16: 4e-3, torch.bfloat16: 1.6e-2, torch.float32: 4e-6, torch.float64: 1e-12}
+"""Error always allowed, relative to the largest value (at least 1): four units in the last place of 1 in half
+precision. Of a few numbers PyTorch's math may happen to round none badly."""
 
 
 @dataclass

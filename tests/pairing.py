@@ -47,8 +47,8 @@ def run_split(kernel: Kernel, case: Case, at: int, environment: Environment = CP
         assert not reasons(kernel.all_rules, request, environment)
         parts.append((span, half.operands, *kernel.pair(request, environment)))
     wide = torch.float64 if q.dtype is torch.float64 else torch.float32
-    out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=wide)
-    lse = torch.full(q.shape[:-1], -torch.inf, dtype=wide)
+    out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=wide, device=q.device)
+    lse = torch.full(q.shape[:-1], -torch.inf, dtype=wide, device=q.device)
     extras = []
     for span, operands, forward, _ in parts:
         part, part_lse, extra = forward(q, k[:, :, span], v[:, :, span], operands)
@@ -56,7 +56,7 @@ def run_split(kernel: Kernel, case: Case, at: int, environment: Environment = CP
         extras.append(extra)
     found = {"out": out.to(q.dtype), "lse": lse}
     grad = torch.ones_like(found["out"]) if case.grad is None else case.grad
-    dq = torch.zeros(q.shape, dtype=wide)
+    dq = torch.zeros(q.shape, dtype=wide, device=q.device)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     for (span, operands, _, backward), extra in zip(parts, extras, strict=True):
         wanted = (True, True, True, False, False)
