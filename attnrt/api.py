@@ -20,12 +20,11 @@ from attnrt.request import AttentionRequest
 from attnrt.settings import (
     NO_CONTEXT,
     PolicySpec,
-    environ_in_order,
     environ_items,
     inherited_context,
     own_context,
 )
-from attnrt.sharded import CONTEXT_PARALLEL, sharded
+from attnrt.sharded import CONTEXT_PARALLEL, outside_context_parallel, sharded
 
 _get_last, _set_last = execution.last.get, execution.last.set
 _capturing: Any = vars(torch.cuda.graphs)["_cuda_isCurrentStreamCapturing"]
@@ -192,9 +191,9 @@ def attention(  # type: ignore[misc]
             and _graph_task() == -1
             and _grad_enabled() is repeat.grad
             and _deterministic_enabled() is repeat.deterministic
-            and next(reversed(environ_in_order), None) is _seen.newest
+            and next(reversed(_seen.all), None) is _seen.newest
             and (_seen.quiet or _seen.present <= environ_items)
-            and CONTEXT_PARALLEL not in _modules
+            and (CONTEXT_PARALLEL not in _modules or outside_context_parallel())
         )
     except (AttributeError, TypeError, KeyError):
         # Not tensors, or not hashable: the checks further on say what is wrong.

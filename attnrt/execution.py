@@ -22,7 +22,6 @@ from attnrt.runtime import Plan
 from attnrt.settings import (
     NO_CONTEXT,
     current_context,
-    environ_in_order,
     environ_items,
     inherited_context,
     own_context,
@@ -135,7 +134,7 @@ def inference(q: Tensor, k: Tensor, v: Tensor, operands: Operands, call: str, ch
         and own_context() is repeat.context
         and _graph_task() == -1
         and _deterministic_enabled() is repeat.deterministic
-        and next(reversed(environ_in_order), None) is _seen.newest
+        and next(reversed(_seen.all), None) is _seen.newest
         and (_seen.quiet or _seen.present <= environ_items)
     ):
         made = repeat.made

@@ -35,7 +35,7 @@ from attnrt.settings import (
     environ_items,
     environ_keys,
     environ_values,
-    newest_value,
+    newest_variable,
     resolve,
 )
 
@@ -76,14 +76,15 @@ repeats: dict[Any, Repeat] = {}
 
 class Seen:
     """The environment variables as they were last parsed: `absent` the names of those that were not set, `present` the
-    others with their raw values, `quiet` whether there was none, `newest` see `settings.newest_value`. And whether
-    there are several GPUs; None before the first call on one."""
+    others with their raw values, `quiet` whether there was none, `all` and `newest` what `settings.newest_variable`
+    gave. And whether there are several GPUs; None before the first call on one."""
 
-    __slots__ = ("absent", "newest", "present", "quiet", "several_gpus", "variables")
+    __slots__ = ("absent", "all", "newest", "present", "quiet", "several_gpus", "variables")
 
     def __init__(self) -> None:
         self.absent, self.present, self.quiet = _OURS, {object(): None}.items(), False
         self.variables: Variables | None = None
+        self.all: Any = environ_keys
         self.newest: object = None
         self.several_gpus: bool | None = None
 
@@ -127,9 +128,9 @@ def variables() -> Variables:
 def variables_are_known() -> bool:
     """They are as they were last parsed. A call like the last one asks for less: whether `seen.newest` is still the
     newest, and those that are present as they were."""
-    newest = newest_value()  # before the others are looked at: another thread may set one
+    every, newest = newest_variable()  # before the others are looked at: another thread may set one
     if environ_keys.isdisjoint(seen.absent) and (seen.quiet or seen.present <= environ_items):
-        seen.newest = newest
+        seen.all, seen.newest = every, newest
         return True
     return False
 

@@ -472,11 +472,15 @@ environ_keys, environ_items, environ_in_order = _environ.keys(), _environ.items(
 ENCODED = _encoded(NAMES)
 
 
-def newest_value() -> object:
-    """The raw value, as an object, of the variable that was set last among those that there are. While it is the same
-    object, none was added: os.environ keeps them in order, and encodes a value anew whenever one is set."""
-    newest = next(reversed(environ_in_order), "")
-    return newest if len(newest) > 1 else object()  # Python has but one of each shorter one
+def newest_variable() -> tuple[Any, object]:
+    """The names or the values of all variables, in order, and the last of them as an object. While that is the same
+    object, none was added: os.environ keeps them in order, and encodes both anew whenever one is set. Python has but
+    one object of each text of one letter, so a name like "_" is no such object, and its value is taken."""
+    for view in (environ_keys, environ_in_order):
+        newest = next(reversed(view), "")
+        if len(newest) > 1:
+            return view, newest
+    return environ_keys, object()
 
 
 def environ_values() -> list[Any]:

@@ -27,6 +27,12 @@ def sharded(*tensors: Any) -> bool:
     return module is not None and any(isinstance(t, module.DTensor) for t in tensors)
 
 
+def outside_context_parallel() -> bool:
+    """True, or `refuse_inside_context_parallel`."""
+    refuse_inside_context_parallel()
+    return True
+
+
 def refuse_inside_context_parallel() -> None:
     """See `sharded`."""
     module = sys.modules.get(CONTEXT_PARALLEL)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import attnrt
 from attnrt import api, repeats, runtime
+from attnrt.sharded import CONTEXT_PARALLEL
 
 pytestmark = pytest.mark.usefixtures("fresh")
 Made = dict[str, Any]
@@ -54,6 +55,24 @@ def test_is_recognised(looked_up: list[str]) -> None:
             looked_up.clear()
             torch.testing.assert_close(attnrt.attention(**other), want)
             assert not looked_up and last().backend == attnrt.explain(**other).backend
+
+
+def test_torchs_context_parallel_is_refused_again(monkeypatch: pytest.MonkeyPatch, looked_up: list[str]) -> None:
+    """Once its module is there, each call asks whether it is in force."""
+    pytest.importorskip(CONTEXT_PARALLEL)
+    made = call()
+    for _ in range(3):
+        attnrt.attention(**made)
+    looked_up.clear()
+    attnrt.attention(**made)
+    assert not looked_up
+
+    def refuse() -> None:
+        raise attnrt.ArgumentError("q", "a shard", "in force")
+
+    monkeypatch.setattr("attnrt.sharded.refuse_inside_context_parallel", refuse)
+    with pytest.raises(attnrt.ArgumentError, match="in force"):
+        attnrt.attention(**made)
 
 
 def test_without_the_guards(monkeypatch: pytest.MonkeyPatch, looked_up: list[str]) -> None:
@@ -254,7 +273,7 @@ def test_they_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_new_variable_is_seen_whatever_the_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call looks only whether the newest variable is still the newest one."""
     made = call()
-    for last_one, value in (("Z", "zz"), ("ZZ", "z"), ("ZZ", ""), ("ZZ", "zz")):
+    for last_one, value in (("Z", "zz"), ("ZZ", "z"), ("ZZ", ""), ("ZZ", "zz"), ("Z", "z"), ("Z", "")):
         monkeypatch.setenv(last_one, value)
         for _ in range(4):
             attnrt.attention(**made)
@@ -271,11 +290,15 @@ def test_a_new_variable_is_seen_whatever_the_others_do(monkeypatch: pytest.Monke
         attnrt.attention(**made)
 
 
-def test_a_variable_of_no_interest_costs_one_look(monkeypatch: pytest.MonkeyPatch, looked_up: list[str]) -> None:
+@pytest.mark.parametrize(("name", "value"), [("SOMETHING", "else"), ("SOMETHING", "1"), ("_", "/bin/python")])
+def test_a_variable_of_no_interest_costs_one_look(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, looked_up: list[str]
+) -> None:
+    monkeypatch.delenv(name, raising=False)
     made = call()
     for _ in range(3):
         attnrt.attention(**made)
-    monkeypatch.setenv("SOMETHING", "else")
+    monkeypatch.setenv(name, value)
     looked_up.clear()
     for _ in range(3):
         attnrt.attention(**made)
