@@ -15,7 +15,7 @@ from attnrt.environment import NAMED, Environment
 from attnrt.errors import ArgumentTypeError
 from attnrt.execution import device_facts
 from attnrt.operands import NO_OPERANDS, Operands, signature, tf32_allowed
-from attnrt.repeats import Repeat
+from attnrt.repeats import Repeat, noted
 from attnrt.request import AttentionRequest
 from attnrt.settings import (
     NO_CONTEXT,
@@ -292,10 +292,8 @@ def _attend(
         return _autocast(q, k, v, operands, options)
     if made is None or made.watched:
         return _first(key, made, {}, q, k, v, operands, options)
-    if repeat is None or repeat.made is not made:
-        runtime.repeated(options, Repeat(made), key)
-    elif plain:
-        runtime.repeated(options, Repeat.of(made, q, k, v, operands, longest, context), key)
+    if plain and (new := noted(repeat, made, q, k, v, operands, longest, context)) is not None:
+        runtime.repeated(options, new, key)
     _set_last(made.decision)
     try:
         return made.run(q, k, v, operands)

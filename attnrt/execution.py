@@ -17,7 +17,7 @@ from attnrt.errors import GradientError
 from attnrt.halves import AMBIGUOUS, QKV, Halves
 from attnrt.operands import NO_OPERANDS, Operands, signature, tf32_allowed
 from attnrt.pins import LATE, Pin
-from attnrt.repeats import Repeat
+from attnrt.repeats import noted
 from attnrt.runtime import Plan
 from attnrt.settings import (
     NO_CONTEXT,
@@ -176,12 +176,10 @@ def inference(q: Tensor, k: Tensor, v: Tensor, operands: Operands, call: str, ch
         out = _first(key, found, {}, q, k, v, operands, options, False)
         return _token_major(out, options.layout)
     made = found
-    if repeat is None or repeat.made is not made:
-        runtime.repeated((call, choice), Repeat(made), key)
-    else:
-        options = settled(call, choice)
-        longest = options.max_seqlen_q, options.max_seqlen_kv
-        runtime.repeated((call, choice), Repeat.of(made, q, k, v, operands, longest, context), key)
+    options = settled(call, choice)
+    longest = options.max_seqlen_q, options.max_seqlen_kv
+    if (new := noted(repeat, made, q, k, v, operands, longest, context)) is not None:
+        runtime.repeated((call, choice), new, key)
     last.set(made.decision)
     try:
         out = made.run(q, k, v, operands)

@@ -40,12 +40,12 @@ class Repeat:
     """What the last call with some options was like. Never changed: another thread may be looking at it.
 
     Attributes:
-        made: its plan. same: whether q, k and v are like its own, where it had no operands. same_with: whether they and
-        the operands are. aligned: the low bits of q's, k's and v's addresses on a GPU, None elsewhere. capturing: a
-        CUDA graph, there. grad: the gradients' mode.
+        made: its plan. never: calls with that plan cannot be recognised. same: whether q, k and v are like its own,
+        where it had no operands. same_with: whether they and the operands are. aligned: the low bits of q's, k's and
+        v's addresses on a GPU, None elsewhere. capturing: a CUDA graph, there. grad: the gradients' mode.
     """
 
-    __slots__ = ("aligned", "capturing", "context", "deterministic", "grad", "made", "same", "same_with")
+    __slots__ = ("aligned", "capturing", "context", "deterministic", "grad", "made", "never", "same", "same_with")
 
     def __init__(self, made: Plan) -> None:
         """Of a call that was made once: its plan alone."""
@@ -54,7 +54,7 @@ class Repeat:
         self.same_with: Callable[..., bool] = _no
         self.context: Context | None = None
         self.aligned: int | None = None
-        self.capturing = self.grad = self.deterministic = False
+        self.capturing = self.grad = self.deterministic = self.never = False
 
     @classmethod
     def of(
@@ -70,6 +70,7 @@ class Repeat:
         """Of a call that was made twice. Some are never recognised. longest: `max_seqlen_q` and `max_seqlen_kv`."""
         self = cls(made)
         if not _read or (q.is_cuda and q.dtype is torch.float32):  # where TF32 may be switched
+            self.never = True
             return self
         self.context, self.grad = context, torch.is_grad_enabled()
         self.deterministic = torch.are_deterministic_algorithms_enabled()
@@ -80,7 +81,26 @@ class Repeat:
             self.same = _guards(q, k, v).check
         elif operands.cu_seqlens_q is None or None not in longest:
             self.same_with = _with_operands(q, k, v, operands)
+        self.never = self.same is self.same_with
         return self
+
+
+def noted(
+    repeat: Repeat | None,
+    made: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: Operands,
+    longest: tuple[int | None, int | None],
+    context: Context,
+) -> Repeat | None:
+    """What to note of a call whose plan was looked up, after `repeat`: nothing where no later call would gain."""
+    if repeat is None or repeat.made is not made:
+        return Repeat(made)
+    if repeat.never or q is k or k is v or q is v:
+        return None
+    return Repeat.of(made, q, k, v, operands, longest, context)
 
 
 def _no(*tensors: Any) -> bool:

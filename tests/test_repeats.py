@@ -75,6 +75,18 @@ def test_torchs_context_parallel_is_refused_again(monkeypatch: pytest.MonkeyPatc
         attnrt.attention(**made)
 
 
+@pytest.mark.parametrize("kind", ["one tensor thrice", "lengths on a CPU"])
+def test_what_is_never_recognised_is_noted_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = call(seqlens_kv=torch.tensor([3, 16], dtype=torch.int32), alignment="top_left")
+    if kind == "one tensor thrice":
+        made = call() | dict.fromkeys("qkv", torch.randn(2, 4, 16, 8))
+    for _ in range(3):
+        attnrt.attention(**made)
+    monkeypatch.setattr(runtime, "repeated", lambda *_: pytest.fail("noted again"))
+    for _ in range(3):
+        attnrt.attention(**made)
+
+
 def test_without_the_guards(monkeypatch: pytest.MonkeyPatch, looked_up: list[str]) -> None:
     """In a release of torch that nobody looked at yet."""
     monkeypatch.setattr(repeats, "_read", False)
