@@ -26,6 +26,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import sass
+
 SHARED_LIMIT = {"sm80": 163, "sm86": 99, "sm89": 99, "sm90": 227, "sm100": 227, "sm103": 227, "sm120": 99}
 """KiB of shared memory that one program may have (CUDA programming guide). The compiler does not check it."""
 INSTRUCTIONS = {
@@ -91,6 +93,8 @@ class Compiled:
     shared: int = 0
     """Bytes of a program."""
     instructions: dict[str, int] = field(default_factory=dict, hash=False)
+    unwritten: str = ""
+    """The first instruction that reads a uniform register which nothing has written (tools/sass.py)."""
     error: str = ""
     """Why there is none of the above."""
 
@@ -102,6 +106,8 @@ class Compiled:
             found.append(f"spills {self.stack} B")
         if self.shared > SHARED_LIMIT[self.arch] << 10:
             found.append(f"needs {self.shared} B of shared memory of {SHARED_LIMIT[self.arch] << 10}")
+        if self.unwritten:
+            found.append(f"reads what nothing has written: {self.unwritten}")
         return found
 
     def __str__(self) -> str:
@@ -308,8 +314,12 @@ def read(arch: str, dims: str, feature: str, name: str, kernel: Any) -> Compiled
     assert found, usage
     counts = {n: len(re.findall(pattern, kernel.asm["ptx"])) for n, pattern in INSTRUCTIONS.items()}
     counts = {n: count for n, count in counts.items() if count}
-    meta = kernel.metadata
-    return Compiled(arch, dims, feature, name, meta.num_warps, int(found[1]), int(found[2]), meta.shared, counts)
+    unwritten = ""
+    if counts.keys() & {"wgmma", "tcgen05"}:  # they take addresses from uniform registers
+        code = tool("nvdisasm", "-ndf", "-c", binary=kernel.asm["cubin"])
+        unwritten = next(iter(sass.undefined(code)), "")
+    usage, meta = (int(found[1]), int(found[2])), kernel.metadata
+    return Compiled(arch, dims, feature, name, meta.num_warps, *usage, meta.shared, counts, unwritten)
 
 
 def tool(name: str, *options: str, binary: bytes) -> str:
@@ -405,7 +415,8 @@ and its machine code is read.
 
 regs: registers of a thread (at most 255). spilled: bytes that a thread keeps in memory for want of registers; anything
 but 0 is slow, except for the few words that the assembler keeps around the loop of `hopper.backward`. shared: KiB of
-shared memory of a program, and what the arch has. The rest counts instructions: `mma`, `wgmma` (sm90), `tcgen05`
+shared memory of a program, and what the arch has. Code of `wgmma` and `tcgen05` is also read for uniform registers that
+nothing has written (tools/sass.py): none. The rest counts instructions: `mma`, `wgmma` (sm90), `tcgen05`
 (sm100): matrix products; `tma`, `cp.async`: asynchronous loads.
 """
     parts = [head]

@@ -86,6 +86,8 @@ def efficient_pair(r: AttentionRequest) -> tuple[Forward, Backward]:
         wanted: Sequence[bool],
     ) -> list[Tensor | None]:
         grad, out = as_bhsd(grad, r.layout), as_bhsd(out, r.layout)
+        # The kernel has no stride for the rows of `out`: it takes them for its own forward's, all heads of one in turn.
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)
         q, k, v = repeated(q, k, v)
         lse = F.pad(lse, (0, -lse.shape[-1] % LSE_ROWS), value=math.inf)
         mask = [True, True, True, False]

@@ -86,7 +86,19 @@ class Plan:
         """Constants and launch options of a pass."""
         tile = self.tiles[name]
         blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+        if name == "forward":
+            blocks["BLOCK_V"] = self.forward_block_v
         return self.constants | blocks | {"num_warps": tile.warps, "num_stages": tile.stages}
+
+    @property
+    def forward_block_v(self) -> int:
+        """The forward holds values no narrower than 64 dims where it has keys of 64 or more.
+
+        A tile of 16 or 32 values that is loaded element by element lies where the keys lay, and ptxas 12.8 (triton 3.6
+        and 3.7, for sm90) then takes its address from a register that nothing has written: wrong output, no error.
+        tools/codegen.py looks for that in every kernel.
+        """
+        return max(self.constants["BLOCK_V"], min(64, self.constants["BLOCK_QK"]))
 
     def matrix(self, x: Tensor) -> Matrix:
         if self.request.packed:
@@ -235,7 +247,7 @@ def _forward_pass(plan: Plan, launch: Any, tensors: Sequence[Any]) -> None:
         *(plan.matrix(x) for x in (q, k, v, out)),
         *_row_values(lse),
         plan.descriptor(k, tile.block_n, c["BLOCK_QK"]),
-        plan.descriptor(v, tile.block_n, c["BLOCK_V"]),
+        plan.descriptor(v, tile.block_n, plan.forward_block_v),
         *score_operands(r, given),
         *(sinks, *lengths, seed),
         *plan.scalars(),

@@ -1,0 +1,96 @@
+"""Looks in machine code for what no compiler should make: a uniform register that is read before anything wrote it.
+
+ptxas 12.8 (in triton 3.6 and 3.7, for sm90) makes that of some matrix products: the address of a shared tile starts
+from whatever a register held, and the product reads other memory. Numbers are then wrong without an error, and neither
+racecheck nor memcheck of compute-sanitizer says a word (seen on an H200); the code itself shows it. Of its kind:
+triton-lang/triton#7196; fla-org/flash-linear-attention#1262, which names the releases of ptxas.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
+LABEL = re.compile(r"^(\.L_x_\d+):")
+UNIFORM = re.compile(r"\bUR(\d+)\b")
+
+
+class Instruction(NamedTuple):
+    text: str
+    reads: frozenset[int]
+    writes: frozenset[int]
+    next: tuple[int, ...]
+    """Indices of what may run after it."""
+
+
+def undefined(sass: str) -> list[str]:
+    """Instructions that read a uniform register which no path from the kernel's entry has written. sass: of one kernel,
+    as nvdisasm prints it."""
+    code = _parse(sass)
+    before: list[set[int] | None] = [None] * len(code)
+    work = [(0, frozenset[int]())] if code else []
+    while work:
+        at, written = work.pop()
+        known = before[at]
+        if known is not None and written <= known:
+            continue
+        before[at] = known = (known or set()) | written
+        after = frozenset(known | code[at].writes)
+        work += [(n, after) for n in code[at].next if n < len(code)]
+    return [x.text for x, known in zip(code, before, strict=True) if known is not None and x.reads - known]
+
+
+def _parse(sass: str) -> list[Instruction]:
+    texts: list[str] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if label := LABEL.match(line.strip()):
+            labels[label[1]] = len(texts)
+        elif found := LINE.search(line):
+            texts.append(found[1])
+    code = []
+    for at, text in enumerate(texts):
+        reads, writes = _registers(text)
+        code.append(Instruction(text, reads, writes, _next(text, at, labels)))
+    return code
+
+
+def _next(text: str, at: int, labels: dict[str, int]) -> tuple[int, ...]:
+    guarded, name = text.startswith("@"), re.sub(r"^@\S+\s+", "", text).split()[0].partition(".")[0]
+    targets = tuple(labels[t] for t in re.findall(r"\.L_x_\d+", text) if t in labels)
+    if name in ("EXIT", "RET") and not guarded:
+        return ()
+    if name == "BRA" and not guarded and "UP" not in text and ".DIV" not in text:
+        return targets or (at + 1,)
+    return (at + 1, *targets)
+
+
+def _registers(text: str) -> tuple[frozenset[int], frozenset[int]]:
+    """(read, written), where it is clear from the text: of longer operands at least their first register."""
+    text = re.sub(r"^@!?\S+\s+", "", text)
+    name, _, rest = text.partition(" ")
+    operands = [o.strip() for o in rest.split(",")]
+    wide = ".64" in name or ".WIDE" in name
+    writes: set[int] = set()
+    for i, operand in enumerate(operands):
+        if re.fullmatch(r"!?U?P(\d|T)", operand):  # predicates come before what is written
+            continue
+        if found := re.fullmatch(r"UR(\d+)", operand):
+            first = int(found[1])
+            if name[0] == "U" or name.partition(".")[0] in ("R2UR", "S2UR", "CS2UR", "VOTEU", "REDUX", "SYNCS"):
+                writes = {first, first + 1} if wide else {first}
+                del operands[i]
+        break
+    reads: set[int] = set()
+    for operand in operands:
+        for found in UNIFORM.finditer(operand):
+            first = int(found[1])
+            if "gdesc[" in operand:  # two descriptors; a matrix in registers has no use for the first
+                in_registers = re.match(r"R\d+, *R\d+", rest)  # `R104, R32, gdesc[UR20]`, not `R56, gdesc[UR8]`
+                reads |= set(range(first + (2 if in_registers else 0), first + 4))
+            elif "desc[" in operand or f"UR{first}.64" in operand:
+                reads |= {first, first + 1}
+            else:
+                reads.add(first)
+    return frozenset(reads), frozenset(writes)
