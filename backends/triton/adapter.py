@@ -98,7 +98,7 @@ class Plan:
         and 3.7, for sm90) then takes its address from a register that nothing has written: wrong output, no error.
         tools/codegen.py looks for that in every kernel.
         """
-        return max(self.constants["BLOCK_V"], min(64, self.constants["BLOCK_QK"]))
+        return int(max(self.constants["BLOCK_V"], min(64, self.constants["BLOCK_QK"])))
 
     def matrix(self, x: Tensor) -> Matrix:
         if self.request.packed:
