@@ -25,6 +25,7 @@ lint:
 # What is generated: the support matrix, the list of rules, the schema of the JSON report, the report in the README.
 docs:
 	@$(call SETUP,dev)
+	@$(BIN)/python tools/parse_configs.py
 	@$(BIN)/attnrt matrix --write docs
 	@$(BIN)/python tools/readme.py
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import yaml
-
 from attnrt.advisories import Advisory
+from attnrt.configs import parse
 from attnrt.errors import ArgumentError
 from attnrt.policies.base import REST
 from attnrt.policies.conditions import compile_when
 from attnrt.policies.preference import Line, PreferencePolicy
 
-_ODD = (ArgumentError, AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError)
+_ODD = (ArgumentError, AttributeError, KeyError, TypeError, ValueError)
 
 
 def policy(
@@ -25,7 +24,7 @@ def policy(
 ) -> PreferencePolicy | None:
     """As `loading.read_policy`; None if that has to look at it."""
     try:
-        entry = _data(text)
+        entry = dict(parse(text))
         base = load(extends, known) if (extends := entry.pop("extends", None)) else None
         lines = tuple(_line(**line) for line in entry.pop("lines", ()))
         if base is not None:
@@ -40,13 +39,9 @@ def policy(
 def advisories(text: str) -> tuple[Advisory, ...] | None:
     """As `loading.read_advisories`; None if that has to look at them."""
     try:
-        return tuple(_advisory(**entry) for entry in _data(text)["advisories"])
+        return tuple(_advisory(**entry) for entry in parse(text)["advisories"])
     except _ODD:
         return None
-
-
-def _data(text: str) -> Any:
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def _line(name: str, prefer: list[str], why: str, when: dict[str, Any] | None = None) -> Line:

@@ -7,8 +7,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, NamedTuple
 
-import yaml
-
+from attnrt.configs import parse
 from attnrt.environment import Environment
 from attnrt.request import AttentionRequest
 
@@ -113,5 +112,5 @@ def section(request: AttentionRequest, group: int) -> int:
 
 @cache
 def _read(name: str) -> dict[Any, Any]:
-    table: dict[Any, Any] = yaml.safe_load(files("attnrt.configs").joinpath(f"triton/{name}.yaml").read_text())
+    table: dict[Any, Any] = parse(files("attnrt.configs").joinpath(f"triton/{name}.yaml").read_text("utf-8"))
     return table
