@@ -4,10 +4,13 @@
 
 On the CPU, one thread, the same weights. Each round runs both, and the model with SDPA once more, in turns of who is
 first; the figures are medians of the thread's CPU time, which other work on the machine disturbs least, and of the
-ratio within each round. Where a model's buffers happen to lie makes up to 6% of a short call, and stays as it is for a
-whole process: so before each call blocks of random sizes are taken, which moves them. What the second SDPA is over the
-first is what the machine can tell apart. Short calls take more rounds. With transformers installed, a Llama of 12 layers too, its "sdpa" against "attnrt". On a GPU, wall time,
-synchronised.
+ratio within each round. Where buffers happen to lie is a few percent of a short call and stays so for a whole process,
+so before each call blocks of random sizes are taken, which moves them. What the second SDPA is over the first is what
+the machine can tell apart. Short calls take more rounds. With transformers installed, a Llama of 12 layers too, its
+"sdpa" against "attnrt". On a GPU, wall time, synchronised.
+
+Compare compiled models with an empty TORCHINDUCTOR_CACHE_DIR: kernels kept from another machine may be for its
+instructions.
 """
 
 from __future__ import annotations
