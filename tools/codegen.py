@@ -315,7 +315,7 @@ def read(arch: str, dims: str, feature: str, name: str, kernel: Any) -> Compiled
     counts = {n: len(re.findall(pattern, kernel.asm["ptx"])) for n, pattern in INSTRUCTIONS.items()}
     counts = {n: count for n, count in counts.items() if count}
     unwritten = ""
-    if counts.keys() & {"wgmma", "tcgen05"}:  # they take addresses from uniform registers
+    if "wgmma" in counts:  # tools/sass.py knows Hopper's instructions
         code = tool("nvdisasm", "-ndf", "-c", binary=kernel.asm["cubin"])
         unwritten = next(iter(sass.undefined(code)), "")
     usage, meta = (int(found[1]), int(found[2])), kernel.metadata
@@ -415,9 +415,9 @@ and its machine code is read.
 
 regs: registers of a thread (at most 255). spilled: bytes that a thread keeps in memory for want of registers; anything
 but 0 is slow, except for the few words that the assembler keeps around the loop of `hopper.backward`. shared: KiB of
-shared memory of a program, and what the arch has. Code of `wgmma` and `tcgen05` is also read for uniform registers that
-nothing has written (tools/sass.py): none. The rest counts instructions: `mma`, `wgmma` (sm90), `tcgen05`
-(sm100): matrix products; `tma`, `cp.async`: asynchronous loads.
+shared memory of a program, and what the arch has. The rest counts
+instructions: `mma`, `wgmma` (sm90), `tcgen05` (sm100): matrix products; `tma`, `cp.async`: asynchronous loads. Code of
+`wgmma` is also read for uniform registers that nothing has written (tools/sass.py), which would stand beside it.
 """
     parts = [head]
     for arch in dict.fromkeys(k.arch for k in kernels):

@@ -1,4 +1,4 @@
-"""Looks in machine code for what no compiler should make: a uniform register that is read before anything wrote it.
+"""Looks in Hopper's machine code for what no compiler should make: a uniform register read before anything wrote it.
 
 ptxas 12.8 (in triton 3.6 and 3.7, for sm90) makes that of some matrix products: the address of a shared tile starts
 from whatever a register held, and the product reads other memory. Numbers are then wrong without an error, and neither
