@@ -20,7 +20,6 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs trito
 def codegen() -> Any:
     """tools/codegen.py as a module."""
     if (name := "attnrt_tools_codegen") not in sys.modules:
-        sys.path.append(str(ROOT / "tools"))  # it has a neighbour
         spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / "codegen.py")
         assert spec is not None and spec.loader is not None
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
