@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from oracle import ABSOLUTE
 
 import attnrt
 from attnrt.distributed import RanksDisagree, context_parallel_attention, shard
@@ -18,7 +19,6 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 DTYPES = {"memory-efficient": torch.float32}
 """The only fused kernel of PyTorch that takes it. Otherwise bfloat16."""
-ABSOLUTE = {torch.bfloat16: 1.6e-2, torch.float32: 4e-6}
 
 
 def run_all() -> dict[Any, dict[str, tuple[float, float]]]:

@@ -416,9 +416,9 @@ and its machine code is read.
 
 regs: registers of a thread (at most 255). spilled: bytes that a thread keeps in memory for want of registers; anything
 but 0 is slow, except for the few words that the assembler keeps around the loop of `hopper.backward`. shared: KiB of
-shared memory of a program, and what the arch has. The rest counts
-instructions: `mma`, `wgmma` (sm90), `tcgen05` (sm100): matrix products; `tma`, `cp.async`: asynchronous loads. Code of
-`wgmma` is also read for uniform registers that nothing has written (tools/sass.py), which would stand beside it.
+shared memory of a program, and what the arch has. The rest counts instructions: `mma`, `wgmma` (sm90), `tcgen05`
+(sm100): matrix products; `tma`, `cp.async`: asynchronous loads. Code of `wgmma` is also read for uniform registers that
+nothing has written (tools/sass.py), which would stand beside it.
 """
     parts = [head]
     for arch in dict.fromkeys(k.arch for k in kernels):

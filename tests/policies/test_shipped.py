@@ -70,9 +70,10 @@ def test_a_first_call_imports_neither_pydantic_nor_a_yaml_parser() -> None:
 CONFIGS = resources.files("attnrt.configs")
 
 
-@pytest.mark.parametrize(
-    "file", ["advisories", "policies/default", "policies/deterministic", "policies/no_vendor", "triton/tiles"]
-)
+POLICIES = ("policies/default", "policies/deterministic", "policies/no_vendor")
+
+
+@pytest.mark.parametrize("file", ["advisories", *POLICIES, "triton/hopper", "triton/tiles"])
 def test_what_was_parsed_before_is_what_the_file_says(file: str) -> None:
     """`make docs` parses the files anew."""
     text = CONFIGS.joinpath(f"{file}.yaml").read_text("utf-8")

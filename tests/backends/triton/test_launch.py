@@ -6,37 +6,24 @@ stand-in takes the place of the GPU's driver.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_codegen import codegen
 
-ROOT = Path(__file__).resolve().parents[3]
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="needs triton"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: tests/gpu launches for real"),
 ]
 LENGTHS = (1024, 1000, 1001, 1008, 77, 4096, 2047, 2, 16)
-
-
-def codegen() -> Any:
-    """tools/codegen.py as a module."""
-    if (name := "attnrt_tools_codegen") not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / "codegen.py")
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[name]
 
 
 @contextmanager
