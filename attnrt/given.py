@@ -78,8 +78,11 @@ class Given(BaseSettings):
     def _folder(cls, value: Path | None) -> Path | None:
         if value is None:
             return None
-        value = value.expanduser()
-        there = next((p for p in (value, *value.parents) if p.exists()), value)
+        try:
+            value = value.expanduser()
+            there = next((p for p in (value, *value.parents) if p.exists()), value)
+        except (OSError, RuntimeError) as error:  # a name that is too long; "~nobody"
+            raise ValueError(str(error).removesuffix(".")) from error
         if there.exists() and not there.is_dir():
             raise ValueError(f"{there} is not a folder")
         return value

@@ -56,6 +56,13 @@ PLAIN: dict[str, list[tuple[str, Any]]] = {
 } | {name: [("0", 0), ("1", 1)] for name in VALUES if name.startswith("NVTE_")}
 
 
+@pytest.mark.parametrize(("text", "said"), [("~nobody here", "home directory"), ("x" * 300, "too long")])
+def test_folders_that_cannot_be(text: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNRT_CACHE_DIR", text)
+    with pytest.raises(VariableError, match=f"ATTNRT_CACHE_DIR.*{said}"):
+        read_variables()
+
+
 def test_every_variable_has_plain_texts() -> None:
     assert PLAIN.keys() == VALUES.keys()
     for name, pairs in PLAIN.items():
