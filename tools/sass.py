@@ -25,18 +25,18 @@ class Instruction(NamedTuple):
 
 
 def undefined(sass: str) -> list[str]:
-    """Instructions that read a uniform register which no path from the kernel's entry has written. sass: of one kernel,
-    as nvdisasm prints it."""
+    """Instructions that read a uniform register which some path from the kernel's entry has not written: what another
+    path left there is the wrong number too. sass: of one kernel, as nvdisasm prints it."""
     code = _parse(sass)
-    before: list[set[int] | None] = [None] * len(code)
+    before: list[frozenset[int] | None] = [None] * len(code)
     work = [(0, frozenset[int]())] if code else []
     while work:
         at, written = work.pop()
         known = before[at]
-        if known is not None and written <= known:
+        if known is not None and known <= written:
             continue
-        before[at] = known = (known or set()) | written
-        after = frozenset(known | code[at].writes)
+        before[at] = known = written if known is None else known & written
+        after = known | code[at].writes
         work += [(n, after) for n in code[at].next if n < len(code)]
     return [x.text for x, known in zip(code, before, strict=True) if known is not None and x.reads - known]
 
@@ -58,7 +58,9 @@ def _parse(sass: str) -> list[Instruction]:
 
 def _next(text: str, at: int, labels: dict[str, int]) -> tuple[int, ...]:
     guarded, name = text.startswith("@"), re.sub(r"^@\S+\s+", "", text).split()[0].partition(".")[0]
-    targets = tuple(labels[t] for t in re.findall(r"\.L_x_\d+", text) if t in labels)
+    # BSSY names where ways meet again, and goes nowhere.
+    named = () if name == "BSSY" else re.findall(r"\.L_x_\d+", text)
+    targets = tuple(labels[t] for t in named if t in labels)
     if name in ("EXIT", "RET") and not guarded:
         return ()
     if name == "BRA" and not guarded and "UP" not in text and ".DIV" not in text:

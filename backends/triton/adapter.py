@@ -18,7 +18,7 @@ from attnrt.backends.triton.forward import forward
 from attnrt.backends.triton.replay import Recording, on
 from attnrt.backends.triton.rules import fused_backward
 from attnrt.backends.triton.scores import Matrix, Plane
-from attnrt.backends.triton.tiles import PASSES, Tile, block_dim, section, tile_for
+from attnrt.backends.triton.tiles import PASSES, Tile, block_dim, section, tile_for, values_block
 from attnrt.environment import Environment
 from attnrt.lengths import dense
 from attnrt.operands import Operands
@@ -65,7 +65,7 @@ class Plan:
             "DIM_QK": r.head_dim_qk,
             "DIM_V": r.head_dim_v,
             "BLOCK_QK": block_dim(r.head_dim_qk),
-            "BLOCK_V": block_dim(r.head_dim_v),
+            "BLOCK_V": values_block(r),
             "PACKED": r.packed,
             "BOTTOM_RIGHT": r.alignment == "bottom_right",
             "PRECISION": "tf32" if r.tf32 else "ieee",
@@ -86,19 +86,7 @@ class Plan:
         """Constants and launch options of a pass."""
         tile = self.tiles[name]
         blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-        if name == "forward":
-            blocks["BLOCK_V"] = self.forward_block_v
         return self.constants | blocks | {"num_warps": tile.warps, "num_stages": tile.stages}
-
-    @property
-    def forward_block_v(self) -> int:
-        """The forward holds values no narrower than 64 dims where it has keys of 64 or more.
-
-        A tile of 16 or 32 values that is loaded element by element lies where the keys lay, and ptxas 12.8 (triton 3.6
-        and 3.7, for sm90) then takes its address from a register that nothing has written: wrong output, no error.
-        tools/codegen.py looks for that in every kernel.
-        """
-        return int(max(self.constants["BLOCK_V"], min(64, self.constants["BLOCK_QK"])))
 
     def matrix(self, x: Tensor) -> Matrix:
         if self.request.packed:
@@ -247,7 +235,7 @@ def _forward_pass(plan: Plan, launch: Any, tensors: Sequence[Any]) -> None:
         *(plan.matrix(x) for x in (q, k, v, out)),
         *_row_values(lse),
         plan.descriptor(k, tile.block_n, c["BLOCK_QK"]),
-        plan.descriptor(v, tile.block_n, plan.forward_block_v),
+        plan.descriptor(v, tile.block_n, c["BLOCK_V"]),
         *score_operands(r, given),
         *(sinks, *lengths, seed),
         *plan.scalars(),

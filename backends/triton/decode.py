@@ -39,7 +39,7 @@ from attnrt.backends.triton.scores import (
     span,
     visible,
 )
-from attnrt.backends.triton.tiles import Tile, arch_class, block_dim
+from attnrt.backends.triton.tiles import Tile, arch_class, block_dim, values_block
 from attnrt.request import AttentionRequest
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def merge(
 def resident(request: AttentionRequest, tile: Tile, sm: int | None) -> int:
     """Programs that a multiprocessor runs at once: what their shared memory leaves room for."""
     r = request
-    block = tile.block_n * (block_dim(r.head_dim_qk) + block_dim(r.head_dim_v)) * r.itemsize
+    block = tile.block_n * (block_dim(r.head_dim_qk) + values_block(r)) * r.itemsize
     return max(1, min(4, SHARED_BYTES[arch_class(sm)] // (tile.stages * block)))
 
 

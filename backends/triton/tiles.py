@@ -30,6 +30,16 @@ def block_dim(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
+def values_block(request: AttentionRequest) -> int:
+    """The head dim of values as the kernels hold it: at least 64 where keys have 64 or more.
+
+    A tile of 16 or 32 values that is loaded element by element lies where the keys lay, and ptxas 12.8 (triton 3.6 and
+    3.7, for sm90) then takes its address from a register that nothing has written, or another path alone: wrong
+    numbers, no error. tools/codegen.py looks for that in every kernel.
+    """
+    return max(block_dim(request.head_dim_v), min(64, block_dim(request.head_dim_qk)))
+
+
 def arch_class(sm: int | None) -> str:
     """The row of the table for a compute capability: alike in matrix instructions and shared memory."""
     match sm:
