@@ -96,6 +96,8 @@ class Compiled:
     instructions: dict[str, int] = field(default_factory=dict, hash=False)
     unwritten: str = ""
     """The first instruction that reads a uniform register which nothing has written (tools/sass.py)."""
+    early: str = ""
+    """The first instruction that writes what a product still reads (there too)."""
     error: str = ""
     """Why there is none of the above."""
 
@@ -109,6 +111,8 @@ class Compiled:
             found.append(f"needs {self.shared} B of shared memory of {SHARED_LIMIT[self.arch] << 10}")
         if self.unwritten:
             found.append(f"reads what nothing has written: {self.unwritten}")
+        if self.early:
+            found.append(f"writes what a product still reads: {self.early}")
         return found
 
     def __str__(self) -> str:
@@ -315,12 +319,12 @@ def read(arch: str, dims: str, feature: str, name: str, kernel: Any) -> Compiled
     assert found, usage
     counts = {n: len(re.findall(pattern, kernel.asm["ptx"])) for n, pattern in INSTRUCTIONS.items()}
     counts = {n: count for n, count in counts.items() if count}
-    unwritten = ""
+    unwritten = early = ""
     if "wgmma" in counts:  # tools/sass.py knows Hopper's instructions
         code = tool("nvdisasm", "-ndf", "-c", binary=kernel.asm["cubin"])
-        unwritten = next(iter(sass.undefined(code)), "")
+        unwritten, early = (next(iter(check(code)), "") for check in (sass.undefined, sass.overwritten))
     usage, meta = (int(found[1]), int(found[2])), kernel.metadata
-    return Compiled(arch, dims, feature, name, meta.num_warps, *usage, meta.shared, counts, unwritten)
+    return Compiled(arch, dims, feature, name, meta.num_warps, *usage, meta.shared, counts, unwritten, early)
 
 
 def tool(name: str, *options: str, binary: bytes) -> str:
@@ -417,8 +421,8 @@ and its machine code is read.
 regs: registers of a thread (at most 255). spilled: bytes that a thread keeps in memory for want of registers; anything
 but 0 is slow, except for the few words that the assembler keeps around the loop of `hopper.backward`. shared: KiB of
 shared memory of a program, and what the arch has. The rest counts instructions: `mma`, `wgmma` (sm90), `tcgen05`
-(sm100): matrix products; `tma`, `cp.async`: asynchronous loads. Code of `wgmma` is also read for uniform registers that
-nothing has written (tools/sass.py), which would stand beside it.
+(sm100): matrix products; `tma`, `cp.async`: asynchronous loads. Code of `wgmma` is also read for registers that
+nothing has written and for those written too early (tools/sass.py), which would stand beside it.
 """
     parts = [head]
     for arch in dict.fromkeys(k.arch for k in kernels):

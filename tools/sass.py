@@ -1,9 +1,12 @@
-"""Looks in Hopper's machine code for what no compiler should make: a uniform register read before anything wrote it.
+"""Looks in Hopper's machine code for what no compiler should make: a uniform register read before anything wrote it, or
+a register written while a matrix product still reads it.
 
-ptxas 12.8 (in triton 3.6 and 3.7, for sm90) makes that of some matrix products: the address of a shared tile starts
-from whatever a register held, and the product reads other memory. Numbers are then wrong without an error, and neither
-racecheck nor memcheck of compute-sanitizer says a word (seen on an H200); the code itself shows it. Of its kind:
-triton-lang/triton#7196; fla-org/flash-linear-attention#1262, which names the releases of ptxas.
+ptxas 12.8 (in triton 3.6 and 3.7, for sm90) makes the first of some matrix products: the address of a shared tile
+starts from whatever a register held, and the product reads other memory. Numbers are then wrong without an error, and
+neither racecheck nor memcheck of compute-sanitizer says a word (seen on an H200); the code itself shows it. Of its
+kind: triton-lang/triton#7196; fla-org/flash-linear-attention#1262, which names the releases of ptxas. The second is
+known of ptxas before 13.3 (triton-lang/triton#11781) and of Triton's own pipeline (#9433); none of our kernels was
+seen with it.
 """
 
 from __future__ import annotations
@@ -14,6 +17,12 @@ from typing import NamedTuple
 LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
 LABEL = re.compile(r"^(\.L_x_\d+):")
 UNIFORM = re.compile(r"\bUR(\d+)\b")
+FROM_REGISTERS = re.compile(r"HGMMA\S*\s+R\d+,\s*R(\d+),\s*gdesc")
+"""A product that goes on beside what comes after it, and reads four registers for its first matrix."""
+WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)")
+"""Until at most so many groups of products are not done."""
+READERS = {"HGMMA", "BAR", "WARPSYNC", "NANOSLEEP", "BRX", "CALL", "RET", "FCHK"}
+"""Instructions whose first operand is no register that they write. (A product writes its own, in its turn.)"""
 
 
 class Instruction(NamedTuple):
@@ -39,6 +48,51 @@ def undefined(sass: str) -> list[str]:
         after = known | code[at].writes
         work += [(n, after) for n in code[at].next if n < len(code)]
     return [x.text for x, known in zip(code, before, strict=True) if known is not None and x.reads - known]
+
+
+def overwritten(sass: str) -> list[str]:
+    """Instructions that write a register which a product, not waited for yet, reads its first matrix from."""
+    code = _parse(sass)
+    writes = [_written(x.text) for x in code]
+    found: list[str] = []
+    for product in code:
+        if (first := FROM_REGISTERS.search(product.text)) is None:
+            continue
+        matrix = set(range(int(first[1]), int(first[1]) + 4))
+        # With how many groups were closed after the product's own: -1 while that is open.
+        work = [(n, 0 if "gsb0" in product.text else -1) for n in product.next]
+        seen: set[tuple[int, int]] = set()
+        while work:
+            at, closed = work.pop()
+            if (at, closed) in seen or at >= len(code):
+                continue
+            seen.add((at, closed))
+            text = code[at].text
+            if (wait := WAIT.search(text)) is not None and closed >= int(wait[1], 16):
+                continue
+            if writes[at] & matrix:
+                found.append(text)
+                continue
+            if "HGMMA" in text and "gsb0" in text:
+                closed = min(closed + 1, 8)
+            work += [(n, closed) for n in code[at].next]
+    return list(dict.fromkeys(found))
+
+
+def _written(text: str) -> set[int]:
+    """The general registers that an instruction writes."""
+    name, _, rest = re.sub(r"^@!?\S+\s+", "", text).partition(" ")
+    if name.partition(".")[0] in READERS:
+        return set()
+    operands = [o.strip() for o in rest.split(",")]
+    if re.fullmatch(r"U?P(\d|T)", operands[0]):  # one predicate may come before it; with two that is all
+        operands = operands[1:]
+    found = re.fullmatch(r"R(\d+)(\.64)?", operands[0] if operands else "")
+    if found is None:
+        return set()
+    several = {".128": 4, ".64": 2, ".WIDE": 2, ".M88.4": 4, ".M88.2": 2}
+    count = next((n for mark, n in several.items() if mark in name), 1)
+    return set(range(int(found[1]), int(found[1]) + count))
 
 
 def _parse(sass: str) -> list[Instruction]:

@@ -74,7 +74,7 @@ def test_narrow_values_by_elements(dims: tuple[int, int]) -> None:
     made = [codegen().read("sm90", "", "", name, kernel) for name, kernel in found]
     assert {"forward", "dkdv", "dq"} <= {k.name for k in made}
     assert all("tma" not in k.instructions for k in made if k.name == "forward")
-    assert not [str(k) for k in made if k.unwritten]
+    assert not [str(k) for k in made if k.unwritten or k.early]
 
 
 @pytest.mark.parametrize("dims", [(60, 20), (124, 4)])
@@ -88,7 +88,7 @@ def test_narrow_values_of_a_decode(dims: tuple[int, int], queries: int) -> None:
         codegen().run_call("sm90", dims, layout="sbhd", kernel=decode, **options)
     (made,) = (codegen().read("sm90", "", "", name, kernel) for name, kernel in found)
     assert ("wgmma" if queries == 22 else "mma") in made.instructions
-    assert not made.unwritten
+    assert not (made.unwritten or made.early)
 
 
 ADDRESS = """
@@ -131,6 +131,39 @@ def test_a_register_that_nothing_has_written() -> None:
     assert undefined(skipped) == []  # never comes there
 
 
+PRODUCTS = """
+    /*0000*/                   MOV R24, R60 ;
+    /*0010*/                   HGMMA.64x16x16.F32.BF16 R88, R24, gdesc[UR20].tnspB, R88 ;
+    /*0020*/                   HGMMA.64x16x16.F32.BF16 R88, R28, gdesc[UR24].tnspB, R88, gsb0 ;
+    /*0030*/                   FADD R60, R60, R61 ;
+    /*0040*/                   HGMMA.64x16x16.F32.BF16 R96, gdesc[UR28], R96, gsb0 ;
+.L_x_0:
+    /*0050*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+    /*0060*/                   LDS.128 R28, [R61] ;
+    /*0070*/                   EXIT ;
+"""
+
+
+def test_a_matrix_that_is_written_while_it_is_read() -> None:
+    overwritten = codegen().sass.overwritten
+    assert overwritten(PRODUCTS) == []
+    for late in (
+        "MOV R27, R60",
+        "@P1 IMAD.WIDE R30, R2, R3, R4",
+        "LDS.64 R26, [R61]",
+        "ISETP.GE.AND P0, PT, R24, R2, PT",
+    ):
+        found = overwritten(PRODUCTS.replace("FADD R60, R60, R61", late))
+        assert found == ([late] if "ISETP" not in late else []), late
+    # Two groups are open where it waits: with one left, the first is done; with two, none.
+    assert overwritten(PRODUCTS.replace("gsb0, 0x0", "gsb0, 0x1")) == []
+    assert overwritten(PRODUCTS.replace("gsb0, 0x0", "gsb0, 0x2")) == ["LDS.128 R28, [R61]"]
+    past = PRODUCTS.replace("/*0030*/  ", "/*0028*/  @P0 BRA `(.L_x_1) ;\n/*0030*/").replace(
+        "    /*0060*/", ".L_x_1:\n    /*0060*/"
+    )
+    assert overwritten(past) == ["LDS.128 R28, [R61]"]  # one way goes past the wait
+
+
 def test_what_is_wrong_is_said() -> None:
     """The guard itself: spills, shared memory, a missing instruction, a compiler that died."""
     made = codegen().Compiled
@@ -140,4 +173,5 @@ def test_what_is_wrong_is_said() -> None:
     assert "shared memory" in made("sm86", "128", "full", "forward", 8, 99, 0, 100 << 10, {"mma": 4}).wrong[0]
     assert codegen().without_matrix_units([made("sm100", "64", "full", "forward", 8, 99, 0, 1024, {"mma": 4})])
     assert "reads what nothing" in made("sm90", "128", "full", "forward", unwritten="UIADD3").wrong[0]
+    assert "product still reads" in made("sm90", "128", "full", "forward", early="MOV R24, R2").wrong[0]
     assert made("sm90", "128", "full", "?", error="the compiler died").wrong == ["the compiler died"]
