@@ -31,7 +31,7 @@ def block_dim(dim: int) -> int:
 
 
 def values_block(request: AttentionRequest) -> int:
-    """The head dim of values as the kernels hold it: at least 64 where keys have 64 or more.
+    """The head dim of values as the kernels hold it: as wide as the keys', or at least 64.
 
     A tile of 16 or 32 values that is loaded element by element lies where the keys lay, and ptxas 12.8 (triton 3.6 and
     3.7, for sm90) then takes its address from a register that nothing has written, or another path alone: wrong

@@ -81,7 +81,7 @@ def test_narrow_values_by_elements(dims: tuple[int, int]) -> None:
 @pytest.mark.parametrize("queries", [22, 4])
 def test_narrow_values_of_a_decode(dims: tuple[int, int], queries: int) -> None:
     """The same in decodes of over 32 rows, by a register that the loop before it has written, if that ran: off by 0.4
-    on an H200. Smaller ones have other matrix instructions, and keep their tiles."""
+    on an H200. Smaller ones have other matrix instructions."""
     (decode,) = (k for k in TritonBackend().kernels if k.name == "decode")
     with codegen().recorded(90) as found:
         options = {"seqlen_q": queries, "seqlen_kv": 300, "training": False, "operands": ("seqlens_kv",)}
@@ -118,11 +118,8 @@ def test_a_register_that_nothing_has_written() -> None:
     assert [x.split()[0] for x in undefined(one_way)] == ["UMOV", "UIADD3", "UIADD3.X"]
     after = ADDRESS.replace("    /*0060*/", "/*0058*/ ULDC.64 UR10, c[0x0][0x210] ;\n    /*0060*/")
     moved = after.replace(".L_x_1:\n", ".L_x_1:\n" + pair)
-    assert [x.split()[0] for x in undefined(moved)] == [
-        "UIADD3",
-        "UIADD3.X",
-        "UMOV",
-    ]  # UR10 comes with the second round
+    # UR10 comes with the second round.
+    assert [x.split()[0] for x in undefined(moved)] == ["UIADD3", "UIADD3.X", "UMOV"]
     shared = ADDRESS.replace("R104, R32, gdesc", "R104, gdesc")  # both matrices by descriptor: UR20 and UR21 as well
     assert [x.split()[0] for x in undefined(shared)] == ["UIADD3", "UIADD3.X", "HGMMA.64x32x16.F32.BF16"]
     met = ADDRESS.replace("    /*0020*/", f"/*0008*/ BSSY B0, `(.L_x_3) ;\n{pair}.L_x_3:\n    /*0020*/")
@@ -158,9 +155,8 @@ def test_a_matrix_that_is_written_while_it_is_read() -> None:
     # Two groups are open where it waits: with one left, the first is done; with two, none.
     assert overwritten(PRODUCTS.replace("gsb0, 0x0", "gsb0, 0x1")) == []
     assert overwritten(PRODUCTS.replace("gsb0, 0x0", "gsb0, 0x2")) == ["LDS.128 R28, [R61]"]
-    past = PRODUCTS.replace("/*0030*/  ", "/*0028*/  @P0 BRA `(.L_x_1) ;\n/*0030*/").replace(
-        "    /*0060*/", ".L_x_1:\n    /*0060*/"
-    )
+    past = PRODUCTS.replace("    /*0030*/", "/*0028*/ @P0 BRA `(.L_x_1) ;\n    /*0030*/")
+    past = past.replace("    /*0060*/", ".L_x_1:\n    /*0060*/")
     assert overwritten(past) == ["LDS.128 R28, [R61]"]  # one way goes past the wait
 
 
