@@ -50,16 +50,17 @@ def test_one_at_its_limit_is_asked_to_end_and_keeps_what_it_had(
     gpu: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(gpu["run_step"].__globals__, "LEAST", 0.0)
-    monkeypatch.setitem(gpu["wait"].__globals__, "GRACE", 3.0)
+    monkeypatch.setitem(gpu["wait"].__globals__, "GRACE", 5.0)
     polite = "import time\ntry: time.sleep(99)\nexcept KeyboardInterrupt: print('3 passed so far')"
     # Deaf, and with a child of its own that must not outlive it.
     deaf = (
         "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
         "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)']).pid, flush=True); time.sleep(99)"
     )
-    results = gpu["run"]([step(gpu, "polite", polite, 3.0), step(gpu, "deaf", deaf, 3.0)], tmp_path, FACTS)
+    # On a busy machine Python has taken 3 s to come as far as these scripts.
+    results = gpu["run"]([step(gpu, "polite", polite, 10.0), step(gpu, "deaf", deaf, 5.0)], tmp_path, FACTS)
     assert [r.status for r in results] == ["stopped"] * 2 and results[0].said == "3 passed so far"
-    assert all(r.seconds < 30 for r in results) and gpu["exit_code"](results) == 3
+    assert all(r.seconds < 60 for r in results) and gpu["exit_code"](results) == 3
     child = Path(f"/proc/{results[1].tail.strip()}/stat")
     for _ in range(100):  # it was sent its signal
         with contextlib.suppress(OSError):
