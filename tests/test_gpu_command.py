@@ -60,7 +60,7 @@ def test_one_at_its_limit_is_asked_to_end_and_keeps_what_it_had(
     # On a busy machine Python has taken 3 s to come as far as these scripts.
     results = gpu["run"]([step(gpu, "polite", polite, 10.0), step(gpu, "deaf", deaf, 5.0)], tmp_path, FACTS)
     assert [r.status for r in results] == ["stopped"] * 2 and results[0].said == "3 passed so far"
-    assert all(r.seconds < 60 for r in results) and gpu["exit_code"](results) == 3
+    assert all(r.seconds < 30 for r in results) and gpu["exit_code"](results) == 3
     child = Path(f"/proc/{results[1].tail.strip()}/stat")
     for _ in range(100):  # it was sent its signal
         with contextlib.suppress(OSError):

@@ -321,7 +321,7 @@ def read(arch: str, dims: str, feature: str, name: str, kernel: Any) -> Compiled
     counts = {n: count for n, count in counts.items() if count}
     unwritten = early = ""
     if "wgmma" in counts:  # tools/sass.py knows Hopper's instructions
-        code = tool("nvdisasm", "-ndf", "-c", binary=kernel.asm["cubin"])
+        code = sass.parse(tool("nvdisasm", "-ndf", "-c", binary=kernel.asm["cubin"]))
         unwritten, early = (next(iter(check(code)), "") for check in (sass.undefined, sass.overwritten))
     usage, meta = (int(found[1]), int(found[2])), kernel.metadata
     return Compiled(arch, dims, feature, name, meta.num_warps, *usage, meta.shared, counts, unwritten, early)

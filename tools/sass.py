@@ -29,14 +29,33 @@ class Instruction(NamedTuple):
     text: str
     reads: frozenset[int]
     writes: frozenset[int]
+    """Uniform registers, both."""
+    sets: frozenset[int]
+    """General registers that it writes."""
     next: tuple[int, ...]
     """Indices of what may run after it."""
 
 
-def undefined(sass: str) -> list[str]:
+def parse(sass: str) -> list[Instruction]:
+    """Of one kernel, as nvdisasm prints it."""
+    texts: list[str] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if label := LABEL.match(line.strip()):
+            labels[label[1]] = len(texts)
+        elif found := LINE.search(line):
+            texts.append(found[1])
+    code = []
+    for at, text in enumerate(texts):
+        name, _, rest = re.sub(r"^@!?\S+\s+", "", text).partition(" ")
+        reads, writes = _registers(name, rest)
+        code.append(Instruction(text, reads, writes, _set(name, rest), _next(text, name, at, labels)))
+    return code
+
+
+def undefined(code: list[Instruction]) -> list[str]:
     """Instructions that read a uniform register which some path from the kernel's entry has not written: what another
-    path left there is the wrong number too. sass: of one kernel, as nvdisasm prints it."""
-    code = _parse(sass)
+    path left there is the wrong number too."""
     before: list[frozenset[int] | None] = [None] * len(code)
     work = [(0, frozenset[int]())] if code else []
     while work:
@@ -50,10 +69,8 @@ def undefined(sass: str) -> list[str]:
     return [x.text for x, known in zip(code, before, strict=True) if known is not None and x.reads - known]
 
 
-def overwritten(sass: str) -> list[str]:
+def overwritten(code: list[Instruction]) -> list[str]:
     """Instructions that write a register which a product, not waited for yet, reads its first matrix from."""
-    code = _parse(sass)
-    writes = [_written(x.text) for x in code]
     found: list[str] = []
     for product in code:
         if (first := FROM_REGISTERS.search(product.text)) is None:
@@ -70,7 +87,7 @@ def overwritten(sass: str) -> list[str]:
             text = code[at].text
             if (wait := WAIT.search(text)) is not None and closed >= int(wait[1], 16):
                 continue
-            if writes[at] & matrix:
+            if code[at].sets & matrix:
                 found.append(text)
                 continue
             if "HGMMA" in text and "gsb0" in text:
@@ -79,39 +96,8 @@ def overwritten(sass: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _written(text: str) -> set[int]:
-    """The general registers that an instruction writes."""
-    name, _, rest = re.sub(r"^@!?\S+\s+", "", text).partition(" ")
-    if name.partition(".")[0] in READERS:
-        return set()
-    operands = [o.strip() for o in rest.split(",")]
-    if re.fullmatch(r"U?P(\d|T)", operands[0]):  # one predicate may come before it; with two that is all
-        operands = operands[1:]
-    found = re.fullmatch(r"R(\d+)(\.64)?", operands[0] if operands else "")
-    if found is None:
-        return set()
-    several = {".128": 4, ".64": 2, ".WIDE": 2, ".M88.4": 4, ".M88.2": 2}
-    count = next((n for mark, n in several.items() if mark in name), 1)
-    return set(range(int(found[1]), int(found[1]) + count))
-
-
-def _parse(sass: str) -> list[Instruction]:
-    texts: list[str] = []
-    labels: dict[str, int] = {}
-    for line in sass.splitlines():
-        if label := LABEL.match(line.strip()):
-            labels[label[1]] = len(texts)
-        elif found := LINE.search(line):
-            texts.append(found[1])
-    code = []
-    for at, text in enumerate(texts):
-        reads, writes = _registers(text)
-        code.append(Instruction(text, reads, writes, _next(text, at, labels)))
-    return code
-
-
-def _next(text: str, at: int, labels: dict[str, int]) -> tuple[int, ...]:
-    guarded, name = text.startswith("@"), re.sub(r"^@\S+\s+", "", text).split()[0].partition(".")[0]
+def _next(text: str, name: str, at: int, labels: dict[str, int]) -> tuple[int, ...]:
+    guarded, name = text.startswith("@"), name.partition(".")[0]
     # BSSY names where ways meet again, and goes nowhere.
     named = () if name == "BSSY" else re.findall(r"\.L_x_\d+", text)
     targets = tuple(labels[t] for t in named if t in labels)
@@ -122,10 +108,8 @@ def _next(text: str, at: int, labels: dict[str, int]) -> tuple[int, ...]:
     return (at + 1, *targets)
 
 
-def _registers(text: str) -> tuple[frozenset[int], frozenset[int]]:
-    """(read, written), where it is clear from the text: of longer operands at least their first register."""
-    text = re.sub(r"^@!?\S+\s+", "", text)
-    name, _, rest = text.partition(" ")
+def _registers(name: str, rest: str) -> tuple[frozenset[int], frozenset[int]]:
+    """Uniform ones, read and written, where the text is clear: of longer operands at least their first register."""
     operands = [o.strip() for o in rest.split(",")]
     wide = ".64" in name or ".WIDE" in name
     writes: set[int] = set()
@@ -150,3 +134,18 @@ def _registers(text: str) -> tuple[frozenset[int], frozenset[int]]:
             else:
                 reads.add(first)
     return frozenset(reads), frozenset(writes)
+
+
+def _set(name: str, rest: str) -> frozenset[int]:
+    """The general registers that an instruction writes."""
+    if name.partition(".")[0] in READERS:
+        return frozenset()
+    operands = [o.strip() for o in rest.split(",")]
+    if re.fullmatch(r"U?P(\d|T)", operands[0]):  # one predicate may come before it; with two that is all
+        operands = operands[1:]
+    found = re.fullmatch(r"R(\d+)(\.64)?", operands[0] if operands else "")
+    if found is None:
+        return frozenset()
+    several = {".128": 4, ".64": 2, ".WIDE": 2, ".M88.4": 4, ".M88.2": 2}
+    count = next((n for mark, n in several.items() if mark in name), 1)
+    return frozenset(range(int(found[1]), int(found[1]) + count))

@@ -67,7 +67,7 @@ def costs(request: AttentionRequest) -> str:
 def tile_for(name: str, request: AttentionRequest, environment: Environment) -> Tile:
     """The tile of pass `name` (one of `PASSES`)."""
     table = _read("tiles")[name][_rows(request, environment)]
-    dims = block_dim(request.head_dim_qk), block_dim(request.head_dim_v)
+    dims = block_dim(request.head_dim_qk), values_block(request)
     rows = table.get(sum(dims) // 2) or table[max(64, *dims)]
     lighter = CLASSES[: CLASSES.index(costs(request)) + 1]
     return Tile(*next(rows[c] for c in reversed(lighter) if c in rows))
