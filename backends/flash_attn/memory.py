@@ -17,12 +17,12 @@ def linear(r: AttentionRequest) -> int:
 
 
 def sinks(r: AttentionRequest) -> int:
-    """What sinks by the log-sum-exp take: that and a factor for each row, and in the backward the output once more, and
-    once more times its gradient."""
+    """What sinks by the log-sum-exp take: that and a factor for each row, and in the backward the output once more, its
+    gradient in float32, and their product."""
     if not r.sinks:
         return 0
     rows = r.tokens_q * r.heads_q
-    return rows * 8 + (rows * (2 * r.head_dim_v * r.itemsize + 8) if r.needs_grad else 0)
+    return rows * 8 + (rows * (r.head_dim_v * (r.itemsize + 8) + 16) if r.needs_grad else 0)
 
 
 def rounded(head_dim: int) -> int:

@@ -4,6 +4,10 @@ A sink s is one more term of a row's denominator. With L the log-sum-exp of the 
 weight stays with the keys: the output is scaled by that. A flash-attention backward takes its weights from the
 log-sum-exp that its forward saved, and sum(grad * output) from the output that it saved: with those of the row that has
 the sink, L + softplus(s - L) and the scaled output, it gives the right gradients of q, k and v as it is.
+
+Rounded, the scaled output is not good enough: a row that sees one key has that key's value as its output, to the bit,
+until it is scaled. Nothing but the sum is read of it, and so the backward gets its part along the gradient, whose
+rounding moves the sum by no more than its own.
 """
 
 from __future__ import annotations
@@ -40,10 +44,23 @@ def sunk_lse(lse: Tensor, plain: Tensor, sinks: Tensor) -> Tensor:
     return torch.where(plain == -math.inf, lse, lse + added)
 
 
-def gradient(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
-    """(H,) float32 or wider: the gradient of the sinks. grad, out: (B, S, H, D) or (T, H, D), the output with sinks."""
-    moved = (grad * out).sum(-1, dtype=lse.dtype).transpose(-1, -2)
-    lost = torch.where(lse == -math.inf, 0, -(1 - share(lse, sinks)) * moved)
+def along(grad: Tensor, out: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Of `out` times `kept` the part of each row along `grad`, and of each row sum(grad * out) * kept.
+
+    Args:
+        grad, out: (B, S, H, D) or (T, H, D). kept: (B, H, S) or (H, T), float32 or wider, as both results are.
+    """
+    largest = torch.linalg.vector_norm(grad, math.inf, -1, keepdim=True, dtype=kept.dtype)  # no square overflows
+    unit = grad / largest.clamp_min(torch.finfo(kept.dtype).tiny)
+    product = (unit * out).sum(-1, keepdim=True) * per_row(kept)
+    length = torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_min(1)  # at least that, or the gradient is zero
+    return unit.mul_(product / length.square()), (product * largest).squeeze(-1).transpose(-1, -2)
+
+
+def gradient(moved: Tensor, kept: Tensor, lse: Tensor) -> Tensor:
+    """(H,): the gradient of the sinks. moved, kept, lse: of each row sum(grad * output with sinks), its `share`, its
+    log-sum-exp."""
+    lost = torch.where(lse == -math.inf, 0, (kept - 1) * moved)
     return lost.sum(-1) if lost.ndim == 2 else lost.sum((0, 2))
 
 
@@ -64,8 +81,8 @@ def with_sinks(
 
 
 class _Sunk(torch.autograd.Function):
-    """Keeps what every attention keeps, so that checkpoints and offloading find it, and runs the package's forward
-    again in the backward, whose saved tensors are then set to those of the rows with sinks."""
+    """Keeps the inputs and the log-sum-exp, and runs the package's forward again in the backward, whose saved tensors
+    are then set to what the rows with sinks need."""
 
     @staticmethod
     def forward(
@@ -81,27 +98,27 @@ class _Sunk(torch.autograd.Function):
         lse = true_lse(raw)
         out.mul_(per_row(share(lse, sinks)))
         ctx.package = package
-        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        ctx.save_for_backward(q, k, v, sinks, lse)
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
-        q, k, v, sinks, out, lse = ctx.saved_tensors
+        q, k, v, sinks, lse = ctx.saved_tensors
         wanted = ctx.needs_input_grad[2:]
-        dsinks = gradient(grad, out, lse, sinks).to(sinks.dtype) if wanted[3] else None
-        if not any(wanted[:3]):
-            return None, None, None, None, None, dsinks
         leaves = [t.detach().requires_grad_(w) for t, w in zip((q, k, v), wanted, strict=False)]
         with torch.enable_grad():
-            again, raw = ctx.package(*leaves)
-        if not {again.data_ptr(), raw.data_ptr()} <= {
-            t.data_ptr() for t in again.grad_fn.saved_tensors if t is not None
-        }:
+            out, raw = ctx.package(*leaves)
+        kept = share(lse, sinks)
+        part, moved = along(grad, out.detach(), kept)
+        dsinks = gradient(moved, kept, lse).to(sinks.dtype) if wanted[3] else None
+        if not any(wanted[:3]):
+            return None, None, None, None, None, dsinks
+        if not {out.data_ptr(), raw.data_ptr()} <= {t.data_ptr() for t in out.grad_fn.saved_tensors if t is not None}:
             raise RuntimeError("this flash-attn keeps other tensors for its backward than it returns")
         # Behind autograd's back: it counts changes of what was saved, and this one is meant.
-        again.data.copy_(out)
+        out.data.copy_(part)
         raw.data.copy_(sunk_lse(raw.data, lse, sinks))
-        grads = iter(torch.autograd.grad(again, [t for t in leaves if t.requires_grad], grad))
+        grads = iter(torch.autograd.grad(out, [t for t in leaves if t.requires_grad], grad))
         return None, None, *(next(grads) if w else None for w in wanted[:3]), dsinks

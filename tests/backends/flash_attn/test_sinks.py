@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnrt.backends.flash_attn.sinks import gradient, per_row, share, sunk_lse
+from attnrt.backends.flash_attn.sinks import along, gradient, per_row, share, sunk_lse
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, dead: int) -> tuple[Tensor, Tensor]:
@@ -33,9 +33,10 @@ def test_forward_and_backward_are_exact(size: float, dead: int) -> None:
     wanted = torch.autograd.grad(want, (q, k, v, sinks), grad)
 
     plain = attention(q, k, v, None, dead)[0].detach()
-    out, lse = plain * per_row(share(lse, sinks)), lse.detach()
-    torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(gradient(grad, out, lse, sinks).detach(), wanted[3], rtol=1e-10, atol=1e-12)
+    lse, kept = lse.detach(), share(lse, sinks).detach()
+    torch.testing.assert_close(plain * per_row(kept), want, rtol=1e-12, atol=1e-12)
+    out, moved = along(grad, plain, kept)
+    torch.testing.assert_close(gradient(moved, kept, lse), wanted[3], rtol=1e-10, atol=1e-12)
 
     # What a kernel's backward makes of the output and log-sum-exp that it is given.
     total = sunk_lse(lse, lse, sinks.detach())
@@ -60,7 +61,29 @@ def test_packed_rows() -> None:
     torch.manual_seed(0)
     lse, sinks = torch.randn(3, 7, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     grad, out = torch.randn(2, 7, 3, 8, dtype=torch.float64)
-    torch.testing.assert_close(gradient(grad, out, lse, sinks), gradient(grad[None], out[None], lse[None], sinks))
+
+    def found(grad: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+        kept = share(lse, sinks)
+        return gradient(along(grad, out, kept)[1], kept, lse)
+
+    torch.testing.assert_close(found(grad, out, lse), found(grad[None], out[None], lse[None]))
     assert per_row(lse).shape == (7, 3, 1)
     lse[:, 5:], out[5:], grad[5:] = -math.inf, 0, math.nan
-    torch.testing.assert_close(gradient(grad, out, lse, sinks), gradient(grad[:5], out[:5], lse[:, :5], sinks))
+    torch.testing.assert_close(found(grad, out, lse), found(grad[:5], out[:5], lse[:, :5]))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-30, 1e30])
+def test_rounding_the_part_along_the_gradient_keeps_the_product(size: float) -> None:
+    """To half a unit in the last place of its dtype, however much of the output cancels in the sum; any size of
+    gradient. A row without one stays finite."""
+    torch.manual_seed(0)
+    grad = (torch.randn(3, 50, 4, 64) * size).bfloat16()
+    out, kept = torch.randn(3, 50, 4, 64).bfloat16(), torch.rand(3, 4, 50)
+    grad[0, 0] = 0
+    part, moved = along(grad, out, kept)
+    true = (grad.double() * out.double()).sum(-1) * per_row(kept).double().squeeze(-1)
+    torch.testing.assert_close(moved.transpose(1, 2).double(), true, rtol=1e-4, atol=1e-5 * size)
+    product = (grad.double() * part.bfloat16().double()).sum(-1)
+    assert ((product - true).abs() <= 2**-8 * true.abs() + 1e-5 * size).all()
+    rounded = (grad.double() * (out * per_row(kept)).bfloat16().double()).sum(-1)
+    assert (rounded - true).norm() > 4 * (product - true).norm(), "nothing is gained by it"
