@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FEW = 16
 """Queries up to which the keys are cut into as many parts as the package thinks best."""
 HEAD_DIMS = (64, 96, 128, 192, 256)
-"""Sizes that it has kernels for; others take the next."""
+"""Sizes that it has kernels for; others take the next that was built."""
 
 
 def by_rows(r: AttentionRequest) -> bool:
@@ -99,9 +99,13 @@ def prepare(r: AttentionRequest, e: Environment, library: Library) -> Run:
 
 
 def left_out(r: AttentionRequest, library: Library) -> tuple[Reason, ...]:
-    """What this build was made without; the package writes it down."""
+    """What this build was made without; the package writes it down. Asked for a head dim that it has no kernel for, 3.0.0
+    ends the process."""
     flags = _build_flags(library)
-    dim = next((d for d in HEAD_DIMS if r.head_dim_qk <= d), HEAD_DIMS[-1])
+
+    def off(flag: str) -> bool:
+        return bool(flags.get(flag) or flags.get(flag.replace("FLASHATTENTION", "FLASH_ATTENTION")))
+
     wants = {
         "FLASHATTENTION_DISABLE_BACKWARD": (r.needs_grad, "a backward"),
         "FLASHATTENTION_DISABLE_LOCAL": (r.windowed, "sliding windows"),
@@ -109,10 +113,17 @@ def left_out(r: AttentionRequest, library: Library) -> tuple[Reason, ...]:
         "FLASHATTENTION_DISABLE_FP16": (r.dtype == "fp16", "fp16"),
         "FLASHATTENTION_DISABLE_VARLEN": (r.packed or r.padded, "sequences of different lengths"),
         "FLASHATTENTION_DISABLE_PAGEDKV": (r.paged or by_rows(r), "a paged KV cache"),
-        f"FLASHATTENTION_DISABLE_HDIM{dim}": (True, f"kernels for head_dim {dim}, which {r.head_dim_qk} takes"),
         "FLASHATTENTION_DISABLE_HDIMDIFF64": (r.head_dim_qk <= 64 < r.head_dim_v, "head_dim_v over 64 with 64"),
         "FLASHATTENTION_DISABLE_HDIMDIFF192": (r.head_dim_v <= 128 < r.head_dim_qk, "head dims 192/128"),
     }
+    for least in dict.fromkeys((r.head_dim_qk, r.head_dim if r.needs_grad else r.head_dim_qk)):
+        larger = [d for d in HEAD_DIMS if d >= least]
+        # With unequal head dims the forward's kernel is one of a pair's, for that size alone. The backward for 256 is
+        # never deterministic.
+        usable = larger if r.head_dim_qk == r.head_dim_v else larger[:1]
+        usable = [d for d in usable if d < 256 or not (r.needs_grad and r.deterministic)]
+        if all(off(f"FLASHATTENTION_DISABLE_HDIM{d}") for d in usable):
+            wants[f"FLASHATTENTION_DISABLE_HDIM{larger[0]}"] = True, f"kernels for head_dim {least} or more"
     return tuple(
         Reason(
             "FA3_LEFT_OUT",
@@ -120,7 +131,7 @@ def left_out(r: AttentionRequest, library: Library) -> tuple[Reason, ...]:
             f"build it again without {flag}",
         )
         for flag, (used, what) in wants.items()
-        if used and (flags.get(flag) or flags.get(flag.replace("FLASHATTENTION", "FLASH_ATTENTION")))
+        if used and off(flag)
     )
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from installing import DENSE, NEW, OLD, OTHERS, VERSION, Install, elf, module
@@ -142,15 +143,44 @@ def test_an_older_build_of_flash_attn_3(install: Install) -> None:
 
 
 def test_what_a_build_of_flash_attn_3_leaves_out(install: Install) -> None:
-    flags = {"FLASHATTENTION_DISABLE_HDIM64": True, "FLASHATTENTION_DISABLE_BACKWARD": True}
+    """Head dims take the next kernel that was built, as the package does."""
+    flags = {f"FLASHATTENTION_DISABLE_HDIM{d}": True for d in (96, 192, 256)} | {
+        "FLASH_ATTENTION_DISABLE_HDIMDIFF192": True,
+        "FLASHATTENTION_DISABLE_BACKWARD": True,
+    }
     config = "CONFIG = " + repr({"build_flags": flags})
     install(3, VERSION[3], {module(3): DENSE + OTHERS, "flash_attn_config.py": config})
-    found = said(3)
-    assert found.rule == "FA3_LEFT_OUT"
-    assert "was built without kernels for head_dim 64" in found.message
-    assert found.remedy == "build it again without FLASHATTENTION_DISABLE_HDIM64"
-    trained = AttentionRequest.from_shape(batch=1, heads_q=4, seqlen_q=128, head_dim=128, training=True)
-    assert "built without a backward" in GENERATIONS[3].answer(trained, here(3))[0].message
+
+    def found(**more: Any) -> list[str]:
+        asked = AttentionRequest.from_shape(**{"batch": 1, "heads_q": 4, "seqlen_q": 128, **more})
+        reasons = GENERATIONS[3].answer(asked, here(3))
+        assert {r.rule for r in reasons} <= {"FA3_LEFT_OUT"}
+        return [r.message for r in reasons]
+
+    assert found(head_dim=64) == found(head_dim=72) == found(head_dim=96) == found(head_dim=128) == []
+    (said,) = found(head_dim=136)
+    assert "was built without kernels for head_dim 136 or more (FLASHATTENTION_DISABLE_HDIM192)" in said
+    assert "without head dims 192/128" in found(head_dim=192, head_dim_v=128)[0]
+    assert "built without a backward" in found(head_dim=128, training=True)[0]
+
+
+def test_a_deterministic_backward_takes_no_kernel_that_has_none(install: Install) -> None:
+    """The one for head_dim 256, which others would take where theirs was not built."""
+    config = "CONFIG = " + repr({"build_flags": {"FLASHATTENTION_DISABLE_HDIM192": True}})
+    install(3, VERSION[3], {module(3): DENSE + OTHERS, "flash_attn_config.py": config})
+    for deterministic in (False, True):
+        sizes = {"batch": 1, "heads_q": 4, "seqlen_q": 128, "head_dim": 160, "training": True}
+        asked = AttentionRequest.from_shape(**sizes, deterministic=deterministic)
+        assert len(GENERATIONS[3].answer(asked, here(3))) == deterministic
+
+
+def test_unequal_head_dims_take_the_kernel_of_their_pair(install: Install) -> None:
+    """The next larger one is as wide in both."""
+    config = "CONFIG = " + repr({"build_flags": {"FLASHATTENTION_DISABLE_HDIM64": True}})
+    install(3, VERSION[3], {module(3): DENSE + OTHERS, "flash_attn_config.py": config})
+    for head_dim_v, said in ((64, 0), (128, 1)):
+        sizes = {"batch": 1, "heads_q": 4, "seqlen_q": 128, "head_dim": 64, "head_dim_v": head_dim_v}
+        assert len(GENERATIONS[3].answer(AttentionRequest.from_shape(**sizes), here(3))) == said
 
 
 NAMES = (
