@@ -1,5 +1,5 @@
-"""Which head dims flash-attn 4 and 2 get right on the GPU that is here, asked of the packages themselves, whatever our
-rules say: forward and backward against float64, one line for each pair of head dims.
+"""Which head dims flash-attn 4, 3 and 2 get right on the GPU that is here, asked of the packages themselves, whatever
+our rules say: forward and backward against float64, one line for each pair of head dims.
 
     PYTHONPATH=.:tests python tools/flash_attn_facts.py [--only fa4] [--workers 12] [--seconds 55] [--json facts.json]
 
@@ -28,6 +28,7 @@ PAIRS = (
     (64, 192), (64, 256), (16, 64), (96, 160), (96, 192), (128, 256), (192, 256), (128, 192), (64, 128), (72, 40),
     (40, 72), (32, 64), (64, 32), (96, 64), (128, 64), (192, 128), (256, 128),
 )  # fmt: skip
+NAMES = {"fa4": "flash-attn-4", "fa3": "flash-attn-3", "fa2": "flash-attn"}
 HEADS = {"MHA": (4, 4), "GQA": (4, 2)}
 MARK = "RESULT "
 LONGEST = 25.0
@@ -43,7 +44,9 @@ def questions(only: str) -> list[dict[str, Any]]:
     equal = [((d, d), heads) for d in DIMS for heads in HEADS]
     found = [ask("fa4", dims, "MHA", causal) for dims in PAIRS for causal in (False, True)]
     found += [ask("fa4", dims, heads, heads == "GQA") for dims, heads in equal]
-    found += [ask("fa2", dims, heads, causal) for dims, heads in equal for causal in (False, True)]
+    found += [
+        ask(fa, dims, heads, causal) for fa in ("fa3", "fa2") for dims, heads in equal for causal in (False, True)
+    ]
     found += [ask("fa4", dims, heads, heads == "MHA") for dims, heads in equal]
     return [question for question in found if only in (question["package"], "")]
 
@@ -80,6 +83,8 @@ def work() -> None:
                 if ask["package"] not in functions:
                     if ask["package"] == "fa4":
                         from flash_attn.cute import flash_attn_func
+                    elif ask["package"] == "fa3":
+                        from flash_attn_interface import flash_attn_func
                     else:
                         from flash_attn import flash_attn_func
                     functions[ask["package"]] = flash_attn_func
@@ -207,7 +212,7 @@ def table(done: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--only", choices=("fa4", "fa2", ""), default="")
+    parser.add_argument("--only", choices=("fa4", "fa3", "fa2", ""), default="")
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=55)
     parser.add_argument("--json", help="a file for every answer with its seconds")
@@ -219,8 +224,8 @@ def main() -> None:
     from attnrt.backends.flash_attn.discovery import CACHE_DIR, CACHE_ENABLED
 
     os.environ |= {CACHE_ENABLED: "1", CACHE_DIR: str(FlashAttention4().disk_cache()), "OMP_NUM_THREADS": "1"}
-    installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
-    here = {"fa4": installed.get("flash-attn-4"), "fa2": installed.get("flash-attn")}
+    installed = {d.metadata["Name"].replace("_", "-"): d.version for d in metadata.distributions()}
+    here = {fa: installed.get(name) for fa, name in NAMES.items()}
     start = time.monotonic()
     asked = [q for q in questions(options.only) if here[q["package"]]]
     done = run(asked, options.workers, options.seconds)
