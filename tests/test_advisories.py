@@ -93,8 +93,10 @@ def test_sequences_of_length_zero(varlen: dict[str, Any]) -> None:
     assert found(arch="sm100", **varlen)["CUDNN_EMPTY_SEQUENCE"].action == "warn"
     assert "CUDNN_EMPTY_SEQUENCE" not in found(**varlen)  # the backend clears; seen on an H200
     assert "CUDNN_EMPTY_SEQUENCE" not in found(arch="sm100", packages={"cudnn": "9.25.0"}, **varlen)
-    assert found("flash_attn_3", **varlen)["FA3_BWD_HANG_EMPTY_SEQUENCE"].action == "warn"
-    assert not found("flash_attn_3", training=False, **varlen)
+    beta = {"flash-attn-3": "3.0.0b1"}
+    assert found("flash_attn_3", packages=beta, **varlen)["FA3_BWD_HANG_EMPTY_SEQUENCE"].action == "warn"
+    assert not found("flash_attn_3", packages=beta, training=False, **varlen)
+    assert not found("flash_attn_3", **varlen)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +195,10 @@ def test_dropout_in_pytorchs_cudnn_kernel() -> None:
 
 
 def test_flash_attn_and_triton() -> None:
-    assert found("flash_attn_3", deterministic=True)["FA3_NONDETERMINISTIC"].action == "refuse"
+    beta = {"flash-attn-3": "3.0.0b1"}
+    assert found("flash_attn_3", packages=beta, deterministic=True)["FA3_NONDETERMINISTIC"].action == "refuse"
+    doubted = found("flash_attn_3", deterministic=True)
+    assert {id: a.action for id, a in doubted.items()} == {"FA3_NONDETERMINISTIC_UNCONFIRMED": "warn"}
     assert not found("flash_attn_3")
     assert not found("flash_attn_2", deterministic=True)
     assert found("flash_attn_4", arch="sm80", packed=True)["FA4_VARLEN_SM80"].action == "refuse"

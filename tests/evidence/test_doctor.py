@@ -180,7 +180,7 @@ def test_advice() -> None:
 
 def test_estimates_come_from_one_setting_each() -> None:
     said = doctor.estimate("sm90", "cudnn", "torch.flash")
-    assert said.startswith("1.92x as fast as torch.flash forward (") and "142132" in said
+    assert said.startswith("2.13x as fast as torch.flash forward (") and "regret" in said
     assert "no published comparison" in doctor.estimate("sm90", "cudnn", "torch.efficient")
     assert doctor.estimate("sm90", "cudnn", None) == "nothing serves them now"
     known: set[Any] = set(registry.names()) | set(registry.kernel_names())

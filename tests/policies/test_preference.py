@@ -76,10 +76,11 @@ def test_every_line_of_the_default_policy_decides_somewhere() -> None:
         Environment(name="a ROCm GPU", device_type="cuda"),
     ]
     sinks = [{"sinks": True, "seqlen_q": n, "seqlen_kv": 4096, "training": n > 1} for n in (1, 512, 4096)]
-    narrow = {"head_dim": 64, "seqlen_q": 8192}
-    capped = {"softcap": 30.0, "seqlen_q": 2048}
+    narrow = [{"head_dim": 64, "seqlen_q": 8192, "training": training} for training in (False, True)]
+    capped = [{"softcap": 30.0, "seqlen_q": n} for n in (1024, 2048)]
     pages = [{"page_size": 64, "seqlen_q": n, "seqlen_kv": 4096, "alignment": "bottom_right"} for n in (4, 1024)]
-    shapes = [*SHAPES.values(), {"dropout_p": 0.125}, narrow, {**narrow, "training": True}, capped, *sinks, *pages]
+    exact = {"deterministic": True, "training": True}
+    shapes = [*SHAPES.values(), {"dropout_p": 0.125}, exact, *narrow, *capped, *sinks, *pages]
     reached = {policy.rank(request(**shape), e).line for e in environments for shape in shapes}
     assert reached == {f"default: {line.name}" for line in policy.lines}
 
@@ -118,8 +119,8 @@ def test_generations_of_flash_attn() -> None:
         ({"seqlen_q": 16}, "default: Hopper, decode"),
         ({"seqlen_q": 16, "training": True}, "default: Hopper, short"),
         ({"seqlen_q": 17}, "default: Hopper, short"),
-        ({"seqlen_q": 512}, "default: Hopper, short"),
-        ({"seqlen_q": 513}, "default: Hopper"),
+        ({"seqlen_q": 2047}, "default: Hopper, short"),
+        ({"seqlen_q": 2048}, "default: Hopper"),
         ({"seqlen_q": 16383}, "default: Hopper"),
         ({"seqlen_q": 16384}, "default: Hopper, long"),
     ],
