@@ -79,6 +79,8 @@ def prepare(r: AttentionRequest, e: Environment, library: Library) -> Run:
     how = optional(call(r, e), library)
     package = with_extra(r, e, library.functions[how.function], how, extra)
     tails, needs_lse = stray_tokens(r), r.needs_lse
+    if tails is None and not reads_lse(r) and _gives_output_alone(how, library):
+        return in_layout(asked, package)
 
     def pair(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> tuple[Tensor, Any]:
         found = package(q, k, v, operands)
@@ -98,9 +100,14 @@ def prepare(r: AttentionRequest, e: Environment, library: Library) -> Run:
     return in_layout(asked, run_with_sinks if r.sinks else run)
 
 
+def _gives_output_alone(how: Call, library: Library) -> bool:
+    """Not asked for the log-sum-exp, that is: builds that can be, do as they are told."""
+    return how.function == KVCACHE or "return_attn_probs" in library.parameters[how.function]
+
+
 def left_out(r: AttentionRequest, library: Library) -> tuple[Reason, ...]:
-    """What this build was made without; the package writes it down. Asked for a head dim that it has no kernel for, 3.0.0
-    ends the process."""
+    """What this build was made without; the package writes it down. Asked for a head dim that it has no kernel for, it
+    ends the process (3.0.0)."""
     flags = _build_flags(library)
 
     def off(flag: str) -> bool:

@@ -238,8 +238,10 @@ def test_every_argument_is_one_that_the_version_has(number: int, version: str, r
 
 @pytest.mark.parametrize("version", standin.SIGNATURES["flash-attn-3"])
 def test_builds_of_flash_attn_3_that_return_more(version: str) -> None:
-    """They return (out, lse) whether asked or not."""
+    """They return (out, lse) whether asked or not, and cannot be asked."""
     library = standin.library(3, version)
+    known = library.parameters["flash_attn_func"] - {"return_attn_probs"}
+    library = replace(library, parameters=library.parameters | {"flash_attn_func": known})
     asked = NAMED["dead rows"]
     plain = library.functions["flash_attn_func"]
     always = replace(library, functions=library.functions | {"flash_attn_func": lambda **g: _both(plain, g)})
