@@ -299,7 +299,7 @@ PARSED["891d175e1dbaa852ecba7bbed6b9089849a8e88b8b66a4c88908e65467ddeadc"] = {'a
                  'action': 'warn'}]}
 
 # policies/default.yaml
-PARSED["35b7f1c099912a625c9780976f01cad596de928e44c37dd8def470ce541df048"] = {'name': 'default',
+PARSED["2bb0e001712ed7e2fbaa2371c7d64e8d704e13491d5c8d7d307ec3fff71ded3e"] = {'name': 'default',
  'description': 'cuDNN on Hopper and later and flash-attn on Ampere, as in Transformer Engine; beyond that, what '
                 'measurements show to be fastest for the GPU and the shape.',
  'lines': [{'name': 'CPU',
@@ -318,11 +318,6 @@ PARSED["35b7f1c099912a625c9780976f01cad596de928e44c37dd8def470ce541df048"] = {'n
             'why': 'cuDNN and our Triton kernel have sinks of their own; flash-attn 2 and 3 get them by four small '
                    'kernels on the log-sum-exp, as long as a decode step itself. flash-attn 4 has them and no decode '
                    'kernel (Megatron-LM PR 6461).'},
-           {'name': 'Hopper, sinks, short',
-            'when': {'arch': '>=sm90, <sm100', 'sinks': True, 'seqlen_q': '<=512'},
-            'prefer': ['cudnn', 'triton', 'flash_attn_4', 'flash_attn_3', 'flash_attn_2', 'torch', '*', 'reference'],
-            'why': 'As for short calls without sinks, but flash-attn 2 and 3 apply them afterwards and train with a '
-                   'second forward.'},
            {'name': 'Hopper, sinks, training',
             'when': {'arch': '>=sm90, <sm100', 'sinks': True, 'training': True},
             'prefer': ['triton', 'flash_attn_4', 'cudnn', 'flash_attn_3', 'flash_attn_2', 'torch', '*', 'reference'],
@@ -331,6 +326,10 @@ PARSED["35b7f1c099912a625c9780976f01cad596de928e44c37dd8def470ce541df048"] = {'n
                    '0.746, flash-attn 3, which applies them afterwards, 0.378 and 1.495; at 16k 4.7 and 11.0, 4.8 '
                    'and 14.0, 3.9 and 9.3, 4.4 and 14.8; at 1k our Triton 0.034 and 0.156, cuDNN 0.040 and 0.198 '
                    '(`attnrt bench`, 2026-11-29).'},
+           {'name': 'Hopper, sinks, short',
+            'when': {'arch': '>=sm90, <sm100', 'sinks': True, 'seqlen_q': '<=512'},
+            'prefer': ['cudnn', 'triton', 'flash_attn_4', 'flash_attn_3', 'flash_attn_2', 'torch', '*', 'reference'],
+            'why': 'As for short calls without sinks, but flash-attn 2 and 3 apply them afterwards.'},
            {'name': 'sinks',
             'when': {'arch': '>=sm80', 'sinks': True},
             'prefer': ['cudnn', 'flash_attn_4', 'triton', 'flash_attn_3', 'flash_attn_2', 'torch', '*', 'reference'],

@@ -28,6 +28,11 @@ PAIRS = (
     (64, 192), (64, 256), (16, 64), (96, 160), (96, 192), (128, 256), (192, 256), (128, 192), (64, 128), (72, 40),
     (40, 72), (32, 64), (64, 32), (96, 64), (128, 64), (192, 128), (256, 128),
 )  # fmt: skip
+PAIRS_OF_3 = (
+    (64, 128), (64, 192), (64, 256), (64, 512), (40, 24), (24, 40), (56, 72), (192, 128), (160, 104), (136, 128),
+    (184, 120),
+)  # fmt: skip
+"""What flash-attn 3 says it has kernels for."""
 NAMES = {"fa4": "flash-attn-4", "fa3": "flash-attn-3", "fa2": "flash-attn"}
 HEADS = {"MHA": (4, 4), "GQA": (4, 2)}
 MARK = "RESULT "
@@ -41,8 +46,11 @@ def questions(only: str) -> list[dict[str, Any]]:
     def ask(package: str, dims: tuple[int, int], heads: str, causal: bool) -> dict[str, Any]:
         return {"package": package, "dim": dims[0], "dim_v": dims[1], "heads": heads, "causal": causal}
 
+    found = [
+        ask("fa3", dims, heads, causal) for dims in PAIRS_OF_3 for heads, causal in (("MHA", True), ("GQA", False))
+    ]
     equal = [((d, d), heads) for d in DIMS for heads in HEADS]
-    found = [ask("fa4", dims, "MHA", causal) for dims in PAIRS for causal in (False, True)]
+    found += [ask("fa4", dims, "MHA", causal) for dims in PAIRS for causal in (False, True)]
     found += [ask("fa4", dims, heads, heads == "GQA") for dims, heads in equal]
     found += [
         ask(fa, dims, heads, causal) for fa in ("fa3", "fa2") for dims, heads in equal for causal in (False, True)

@@ -75,7 +75,11 @@ def test_every_line_of_the_default_policy_decides_somewhere() -> None:
         Environment.simulate("sm75"),
         Environment(name="a ROCm GPU", device_type="cuda"),
     ]
-    sinks = [{"sinks": True, "seqlen_q": n, "seqlen_kv": 4096, "training": n > 1} for n in (1, 512, 4096)]
+    sinks = [
+        {"sinks": True, "seqlen_q": n, "seqlen_kv": 4096, "training": training}
+        for n in (1, 512, 4096)
+        for training in (False, True)
+    ]
     narrow = [{"head_dim": 64, "seqlen_q": 8192, "training": training} for training in (False, True)]
     capped = [{"softcap": 30.0, "seqlen_q": n} for n in (1024, 2048)]
     pages = [{"page_size": 64, "seqlen_q": n, "seqlen_kv": 4096, "alignment": "bottom_right"} for n in (4, 1024)]
