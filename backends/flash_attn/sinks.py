@@ -6,8 +6,8 @@ log-sum-exp that its forward saved, and sum(grad * output) from the output that 
 the sink, L + softplus(s - L) and the scaled output, it gives the right gradients of q, k and v as it is.
 
 Rounded, the scaled output is not good enough: a row that sees one key has that key's value as its output, to the bit,
-until it is scaled. Nothing but the sum is read of it, and so the backward gets its part along the gradient, whose
-rounding moves the sum by no more than its own.
+until it is scaled. Nothing but the sum is read of it, and so the backward gets its part along the gradient: rounding
+that changes the sum by half a unit in its last place at most.
 """
 
 from __future__ import annotations
