@@ -106,8 +106,8 @@ def _gives_output_alone(how: Call, library: Library) -> bool:
 
 
 def left_out(r: AttentionRequest, library: Library) -> tuple[Reason, ...]:
-    """What this build was made without; the package writes it down and does not look: without a kernel for a head dim it
-    ends the process, and by one whose values are narrower it gives wrong numbers (3.0.0 on an H200)."""
+    """What this build was made without. The package writes it down and does not look: without a kernel for a head dim
+    it ends the process, and by one whose values are narrower it gives wrong numbers (3.0.0 on an H200)."""
     flags = _build_flags(library)
 
     def off(flag: str) -> bool:
