@@ -79,7 +79,7 @@ class Repeat:
             self.capturing = torch.cuda.is_current_stream_capturing()
         if operands is NO_OPERANDS:
             self.same = _guards(q, k, v).check
-        elif operands.cu_seqlens_q is None or None not in longest:
+        elif _unread(operands) and (operands.cu_seqlens_q is None or None not in longest):
             self.same_with = _with_operands(q, k, v, operands)
         self.never = self.same is self.same_with
         return self
@@ -111,27 +111,32 @@ def _guards(*tensors: Tensor) -> Any:
     return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
 
 
+def _unread(operands: Operands) -> bool:
+    """Nothing looks at their values: lengths on a CPU are checked in each call."""
+    return all(t is None or t.is_cuda for t in operands[_KV_SIDE[0] - 1 :])
+
+
 def _with_operands(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Callable[..., bool]:
-    """As the `signature` of operands whose values nothing looks at: lengths on a CPU are checked each time."""
-    *_, lengths_q, lengths_kv, cu_q, cu_kv, table = operands
-    if any(t is not None and not t.is_cuda for t in (lengths_q, lengths_kv, cu_q, cu_kv, table)):
-        return _no
-    kinds, twins = tuple(map(type, operands)), [_twin(operands, i) for i in _KV_SIDE]
-    places = [i for i, t in enumerate(operands) if t is not None and (i not in _KV_SIDE or t is not operands[i - 1])]
-    check = _guards(q, k, v, *[t for i in places if (t := operands[i]) is not None]).check
-    pairs = [i for i in _KV_SIDE if operands[i] is not None and operands[i - 1] is not None]
+    """Whether q, k, v and operands are like these, as far as their `signature` goes.
 
-    def same_with(q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> bool:
-        return (
-            tuple(map(type, operands)) == kinds
-            and bool(check(q, k, v, *[operands[i] for i in places]))
-            and (not pairs or [_twin(operands, i) for i in _KV_SIDE] == twins)
-        )
-
+    Written out as one expression, since loops over nine operands take twice as long as the guards.
+    """
+    absent = [f"o[{i}]" for i, t in enumerate(operands) if t is None]
+    checked, tests = [], []
+    for i, t in enumerate(operands):
+        if t is None:
+            continue
+        before = operands[i - 1] if i in _KV_SIDE else None
+        if before is None:
+            checked.append(i)
+        elif t is before:  # a guard takes no tensor in two places
+            tests.append(f"o[{i}] is o[{i - 1}]")
+        else:
+            checked.append(i)
+            place = "==" if same_lengths(t, before) else "!="
+            tests.append(f"o[{i}] is not o[{i - 1}] and o[{i}].data_ptr() {place} o[{i - 1}].data_ptr()")
+    places = ", ".join(f"o[{i}]" for i in checked)
+    tests = [f"{' is '.join(absent)} is None", f"check(q, k, v, {places})", *tests]
+    check = _guards(q, k, v, *[t for i in checked if (t := operands[i]) is not None]).check
+    same_with: Callable[..., bool] = eval(f"lambda q, k, v, o: {' and '.join(tests)}", {"check": check})
     return same_with
-
-
-def _twin(operands: Operands, kv: int) -> str:
-    """Whether the lengths of the keys are those of the queries: one tensor, or another at the same place."""
-    ours, theirs = operands[kv], operands[kv - 1]
-    return "one" if ours is theirs else "alike" if same_lengths(ours, theirs) else "no"

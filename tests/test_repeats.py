@@ -12,6 +12,7 @@ from torch import Tensor
 
 import attnrt
 from attnrt import api, repeats, runtime
+from attnrt.operands import Operands
 from attnrt.sharded import CONTEXT_PARALLEL
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -247,6 +248,55 @@ def test_lengths_are_read_each_time() -> None:
     lengths[0] = 17
     with pytest.raises(attnrt.ArgumentError, match="seqlens_kv"):
         attnrt.attention(**made)
+
+
+def steps(*numbers: int) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def operand_sets() -> dict[str, Operands]:
+    """No two of them may be taken for the same, as no value is read of lengths on a GPU but where they stand."""
+    mine, other, wide = steps(0, 3, 9), steps(0, 2, 9), steps(0, 0, 2, 2, 9, 9)
+    return {
+        "cu_seqlens, one tensor": Operands(cu_seqlens_q=mine, cu_seqlens_kv=mine),
+        "cu_seqlens, two views": Operands(cu_seqlens_q=mine, cu_seqlens_kv=mine.view(-1)),
+        "cu_seqlens, two": Operands(cu_seqlens_q=mine, cu_seqlens_kv=other),
+        "cu_seqlens, int64": Operands(cu_seqlens_q=mine, cu_seqlens_kv=other.long()),
+        "cu_seqlens of three": Operands(cu_seqlens_q=steps(0, 1, 2, 9), cu_seqlens_kv=steps(0, 1, 3, 9)),
+        "a column of a table": Operands(cu_seqlens_q=mine, cu_seqlens_kv=wide.view(3, 2)[:, 0]),
+        "lengths of queries": Operands(seqlens_q=mine),
+        "lengths of keys": Operands(seqlens_kv=mine),
+        "lengths of both, one tensor": Operands(seqlens_q=mine, seqlens_kv=mine),
+        "lengths of both": Operands(seqlens_q=mine, seqlens_kv=other),
+        "a table of pages": Operands(seqlens_kv=mine, page_table=steps(0, 1, 2).view(3, 1)),
+        "lengths and sinks": Operands(seqlens_kv=mine, sinks=torch.zeros(4)),
+        "sinks": Operands(sinks=torch.zeros(4)),
+        "sinks with a gradient": Operands(sinks=torch.zeros(4, requires_grad=True)),
+        "a mask": Operands(mask=torch.ones(16, 16, dtype=torch.bool)),
+        "a bias": Operands(bias=torch.ones(16, 16)),
+    }
+
+
+@pytest.mark.parametrize("name", operand_sets())
+def test_operands_are_told_apart(name: str) -> None:
+    """As on a GPU, where none of their values is read."""
+    qkv, sets = [torch.randn(9, 4, 8) for _ in "qkv"], operand_sets()
+    same_with = repeats._with_operands(*qkv, sets[name])
+    assert [other for other, operands in sets.items() if same_with(*qkv, operands)] == [name]
+    assert not same_with(qkv[0], qkv[1][:, :2], qkv[2], sets[name])
+    # Other numbers, alike in all else.
+    others = {id(t): like(t) for t in sets[name] if t is not None}
+    operands = Operands(*[None if t is None else others[id(t)] for t in sets[name]])
+    if name == "cu_seqlens, two views":
+        assert not same_with(*qkv, operands)
+        assert operands.cu_seqlens_q is not None
+        operands = operands._replace(cu_seqlens_kv=operands.cu_seqlens_q.view(-1))
+    assert same_with(*qkv, operands)
+
+
+def like(t: Tensor) -> Tensor:
+    made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
+    return made.random_(0, 2).requires_grad_(t.requires_grad)
 
 
 def test_a_forgotten_plan_is_not_run() -> None:
