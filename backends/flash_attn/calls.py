@@ -64,7 +64,9 @@ def bound(function: Callable[..., Any], how: Call, more: dict[str, Tensor]) -> R
     """
     names: dict[str, Any] = {"function": function, "dense": dense}
     words = [f"{name}={given}" for name, given in zip(how.inputs, "qkv", strict=True)]
-    words += [f"{name}=dense(operands[{Operands._fields.index(source)}])" for name, source in how.tensors.items()]
+    for name, source in how.tensors.items():  # `dense` itself is called only where it copies
+        t = f"operands[{Operands._fields.index(source)}]"
+        words.append(f"{name}=(x if (x := {t}).stride(-1) == 1 else dense(x))")
     for number, (name, value) in enumerate((how.fixed | more).items()):
         names[f"fixed_{number}"] = value
         words.append(f"{name}=fixed_{number}")

@@ -25,7 +25,7 @@ try:
     from attnrt.backends.triton.replay import Recording, on
 except ImportError:  # CUDA builds of torch bring it; without, whole tensors are masked
     triton = None
-    _clear = None
+    _clear_output = _clear_gradients = None
 
 PROGRAMS = 32
 
@@ -46,52 +46,54 @@ class Tails:
         """out: (T, H, D). lse: (H, T). Rows from cu_seqlens[-1] on are set."""
         cu_q, cu_kv = operands.cu_seqlens_q, operands.cu_seqlens_kv
         assert cu_q is not None and cu_kv is not None
-        self._run(self.forwards, _forward, (cu_q, out, lse))
+        self._run(self.forwards, _forward, (cu_q, out, lse), (out.stride(), cu_q.stride(), lse is None))
         if self.trained and (node := out.grad_fn) is not None:
             # Before anything else sees them. The first three tensors that these functions take are q, k and v.
-            node.register_hook(lambda grads, _: self._run(self.backwards, _backward, (cu_q, cu_kv, *grads[:3])))
+            node.register_hook(lambda grads, _: self._clear_gradients(cu_q, cu_kv, *grads[:3]))
 
-    def _run(self, launches: Recording | None, body: Body, tensors: Sequence[Tensor | None]) -> None:
+    def _clear_gradients(self, cu_q: Tensor, cu_kv: Tensor, *grads: Tensor | None) -> None:
+        strides = [None if x is None else x.stride() for x in grads]
+        self._run(self.backwards, _backward, (cu_q, cu_kv, *grads), (*strides, cu_q.stride(), cu_kv.stride()))
+
+    def _run(self, launches: Recording | None, body: Body, tensors: Sequence[Tensor | None], geometry: Any) -> None:
+        """geometry: all strides. Sizes and dtypes are the plan's, and the kernels do not ask how pointers lie."""
         offsets: Tensor = tensors[0]  # type: ignore[assignment]  # never None
         if launches is None or not offsets.is_cuda:
             body(_mask, tensors)
         elif self.several:
             with on(offsets):
-                launches(tensors, body)
+                launches(tensors, body, geometry)
         else:
-            launches(tensors, body)
+            launches(tensors, body, geometry)
 
 
 def _forward(launch: Any, tensors: Sequence[Tensor | None]) -> None:
     cu_q, out, lse = tensors
-    _all(launch, ((out, cu_q), (None, cu_q), (None, cu_q)), lse)
+    launch(_clear_output, (PROGRAMS,), *_part(out, cu_q), lse, PROGRAMS=PROGRAMS, num_warps=4)
 
 
 def _backward(launch: Any, tensors: Sequence[Tensor | None]) -> None:
     cu_q, cu_kv, dq, dk, dv = tensors
-    _all(launch, ((dq, cu_q), (dk, cu_kv), (dv, cu_kv)), None)
+    parts = (*_part(dq, cu_q), *_part(dk, cu_kv), *_part(dv, cu_kv))
+    launch(_clear_gradients, (PROGRAMS,), *parts, PROGRAMS=PROGRAMS, num_warps=4)
 
 
-def _all(launch: Any, parts: Sequence[tuple[Tensor | None, Tensor | None]], lse: Tensor | None) -> None:
-    """One launch for up to three tensors (T, H, D), each with the cu_seqlens that say where its sequences end; None is
-    skipped. `lse` goes by the first."""
-    arguments: list[Any] = []
-    for x, offsets in parts:
-        assert offsets is not None
-        shape = (0, 0, 0, 0, 0) if x is None else (*x.shape, x.stride(0), x.stride(1))
-        arguments += [x, offsets, (offsets.shape[0] - 1) * offsets.stride(0), *shape]
-    launch(_clear, (PROGRAMS,), *arguments, lse, PROGRAMS=PROGRAMS, num_warps=4)
+def _part(x: Tensor | None, offsets: Tensor | None) -> tuple[Any, ...]:
+    """A tensor (T, H, D) for a kernel, with the cu_seqlens that say where its sequences end. None is skipped."""
+    assert offsets is not None
+    shape = (0, 0, 0, 0, 0) if x is None else (*x.shape, x.stride(0), x.stride(1))
+    return x, offsets, (offsets.shape[0] - 1) * offsets.stride(0), *shape
 
 
 def _mask(_: Any, __: Any, *arguments: Any, **___: Any) -> None:
     """The same without Triton, in whole tensors."""
-    *parts, lse = arguments
-    for number, (x, offsets) in enumerate(zip(parts[::8], parts[1::8], strict=True)):
+    lse = arguments[8] if len(arguments) == 9 else None
+    for x, offsets in zip(arguments[::8], arguments[1::8], strict=False):
         if x is None:
             continue
         stray = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype) >= offsets[-1]
         x.data.masked_fill_(stray[:, None, None], 0)
-        if number == 0 and lse is not None:
+        if lse is not None:
             lse.data.masked_fill_(stray, -math.inf)
 
 
@@ -108,18 +110,21 @@ if triton is not None:
                         at = x + tl.cast(t, tl.int64) * row + h * head + here
                         tl.store(at, tl.zeros((256,), x.dtype.element_ty), mask=here < dim)
 
-    @triton.jit  # type: ignore[untyped-decorator]
-    def _clear(  # type: ignore[no-untyped-def]
-        a, a_offsets, a_last, a_tokens, a_heads, a_dim, a_row, a_head,
-        b, b_offsets, b_last, b_tokens, b_heads, b_dim, b_row, b_head,
-        c, c_offsets, c_last, c_tokens, c_heads, c_dim, c_row, c_head,
-        lse,
+    @triton.jit(do_not_specialize_on_alignment=("x", "offsets", "lse"))  # type: ignore[untyped-decorator]
+    def _clear_output(x, offsets, last, tokens, heads, dim, row, head, lse, PROGRAMS: tl.constexpr):  # type: ignore[no-untyped-def]
+        _rows(x, offsets, last, tokens, heads, dim, row, head, PROGRAMS)
+        if lse is not None:
+            for t in range(tl.load(offsets + last) + tl.program_id(0), tokens, PROGRAMS):
+                for h in range(heads):
+                    tl.store(lse + tl.cast(h, tl.int64) * tokens + t, float("-inf"))
+
+    @triton.jit(do_not_specialize_on_alignment=("q", "q_offsets", "k", "k_offsets", "v", "v_offsets"))  # type: ignore[untyped-decorator]
+    def _clear_gradients(  # type: ignore[no-untyped-def]
+        q, q_offsets, q_last, q_tokens, q_heads, q_dim, q_row, q_head,
+        k, k_offsets, k_last, k_tokens, k_heads, k_dim, k_row, k_head,
+        v, v_offsets, v_last, v_tokens, v_heads, v_dim, v_row, v_head,
         PROGRAMS: tl.constexpr,
     ):  # fmt: skip
-        _rows(a, a_offsets, a_last, a_tokens, a_heads, a_dim, a_row, a_head, PROGRAMS)
-        _rows(b, b_offsets, b_last, b_tokens, b_heads, b_dim, b_row, b_head, PROGRAMS)
-        _rows(c, c_offsets, c_last, c_tokens, c_heads, c_dim, c_row, c_head, PROGRAMS)
-        if lse is not None:
-            for t in range(tl.load(a_offsets + a_last) + tl.program_id(0), a_tokens, PROGRAMS):
-                for h in range(a_heads):
-                    tl.store(lse + tl.cast(h, tl.int64) * a_tokens + t, float("-inf"))
+        _rows(q, q_offsets, q_last, q_tokens, q_heads, q_dim, q_row, q_head, PROGRAMS)
+        _rows(k, k_offsets, k_last, k_tokens, k_heads, k_dim, k_row, k_head, PROGRAMS)
+        _rows(v, v_offsets, v_last, v_tokens, v_heads, v_dim, v_row, v_head, PROGRAMS)

@@ -44,14 +44,19 @@ class Recording:
     def __init__(self) -> None:
         self.notes: dict[Any, tuple[Step, ...] | None] = {}
 
-    def __call__(self, tensors: Sequence[Tensor | None], body: Body) -> None:
-        """`body(launch, tensors)`, or the same from notes. The current device is that of the tensors."""
+    def __call__(self, tensors: Sequence[Tensor | None], body: Body, geometry: Any = None) -> None:
+        """`body(launch, tensors)`, or the same from notes. The current device is that of the tensors.
+
+        geometry: what stands for theirs where the caller knows that little of it varies; None: all of it is read.
+        """
         if not _read or not tensors[0].is_cuda:  # type: ignore[union-attr]  # the first is q
             return body(launch, tensors)
-        key = (
-            driver.active.get_current_device(),
-            *[None if t is None else (t.stride(), t.data_ptr() & 15, t.dtype) for t in tensors],
-        )
+        device, pointers = tensors[0].get_device(), [0 if t is None else t.data_ptr() for t in tensors]  # type: ignore[union-attr]
+        if geometry is None:
+            geometry = tuple(
+                [None if t is None else (t.stride(), p & 15, t.dtype) for t, p in zip(tensors, pointers, strict=True)]
+            )
+        key = device, geometry
         try:
             steps = self.notes[key]
         except KeyError:
@@ -60,11 +65,14 @@ class Recording:
         runtime = knobs.runtime
         if steps is None or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
             return body(launch, tensors)  # not as expected, or a profiler looks on
-        pointers = [0 if t is None else t.data_ptr() for t in tensors]
-        stream = driver.active.get_current_stream(key[0])
+        stream = driver.active.get_current_stream(device)
         for step in steps:
             step(pointers, stream)
         return None
+
+
+STREAM = 3
+"""Its place in a launcher's arguments."""
 
 
 class Fetch(NamedTuple):
@@ -81,7 +89,7 @@ class Fetch(NamedTuple):
 class Step:
     """One launch. Calls the launcher that Triton compiled, with pointers in their places."""
 
-    __slots__ = ("fetches", "flat", "function", "grid", "keep", "matrices", "metadata", "options", "pointers", "raw")
+    __slots__ = ("fetches", "flat", "in_one", "keep", "line", "matrices", "pointers", "raw")
 
     def __init__(self, compiled: Any, grid: tuple[int, ...], args: Sequence[Any], roles: dict[int, int]) -> None:
         """Raises LookupError, AttributeError or TypeError where something is not as expected."""
@@ -89,13 +97,9 @@ class Step:
         if run.global_scratch_size or run.profile_scratch_size:
             raise LookupError("the kernel wants scratch memory")
         self.keep = compiled
-        self.grid = (*grid, 1, 1)[:3]
-        self.function, self.metadata = compiled.function, compiled.packed_metadata
-        self.options: tuple[Any, ...] = (run.launch_cooperative_grid, run.launch_pdl)
-        if hasattr(run, "arg_annotations"):  # 3.7: the kernel's arguments are one sequence, behind their types
-            self.options += (run.arg_annotations, run.kernel_signature)
         self.raw, descriptions = _unwrapped(run.launch)
         self.flat: list[Any] = []
+        """The kernel's arguments."""
         self.pointers: list[tuple[int, int]] = []
         self.matrices: list[tuple[int, int, tuple[Any, ...]]] = []
         self.fetches: list[Fetch] = []
@@ -119,6 +123,14 @@ class Step:
                 self.flat.append(None)
             else:
                 self.flat.append(arg)
+        # What comes before those: the grid, the stream, the function, and more by the release.
+        how = run.launch_cooperative_grid, run.launch_pdl
+        self.line: list[Any] = [*(*grid, 1, 1)[:STREAM], 0, compiled.function, *how]
+        self.in_one = hasattr(run, "arg_annotations")  # 3.7: the kernel's arguments are one, behind their types
+        if self.in_one:
+            self.line += [compiled.packed_metadata, *[None] * 5, run.arg_annotations, run.kernel_signature]
+        else:
+            self.line += [None, None, compiled.packed_metadata, None, None, None]
 
     def __call__(self, pointers: list[int], stream: int) -> None:
         flat = self.flat.copy()
@@ -133,15 +145,12 @@ class Step:
                 made = _fill(pointer, *before, *after)
                 last[:] = pointer, made
             flat[at] = made
-        options = self.options
-        if len(options) == 2:
-            self.raw(*self.grid, stream, self.function, *options, None, None, self.metadata, None, None, None, *flat)
+        line = self.line.copy()
+        line[STREAM] = stream
+        if self.in_one:
+            self.raw(*line, flat)
         else:
-            cooperative, pdl, types, signature = options
-            self.raw(
-                *self.grid, stream, self.function, cooperative, pdl, self.metadata, None, None, None, None, None,
-                types, signature, flat,
-            )  # fmt: skip
+            self.raw(*line, *flat)
 
 
 def _fill(*args: Any) -> Any:
