@@ -74,7 +74,7 @@ class Raw(Call):
             of_padded = None if r.packed else lengths(r, case.operands, case.q.device)
             places = launch.places(case.operands, of_padded, case.q.device)
             given |= places.addresses()
-        self.device.run(launch.plan, [given[u] for u in launch.spec.uids()])
+        launch.plan.run([given[u] for u in launch.spec.uids()])
         self.launch = launch
         torch.cuda.synchronize()
         del kept
@@ -335,7 +335,7 @@ def host_time() -> str:
     pack = dict(zip((1, 2, 3, 4), pointers, strict=True))
     workspace = torch.empty(max(1, launch.plan.workspace), dtype=torch.uint8, device="cuda")
     return (
-        f"direct {loop(lambda: device(0).run(launch.plan, pointers)):.1f} us, graph.execute "
+        f"direct {loop(lambda: launch.plan.run(pointers)):.1f} us, graph.execute "
         f"{loop(lambda: graph.execute(pack, workspace.data_ptr(), handle=handle)):.1f}, adapter forward "
         f"{loop(lambda: call.forward(case.q, case.k, case.v, case.operands)):.1f}"
     )
@@ -369,7 +369,7 @@ def host_time_in_autograds_thread() -> str:
         "nothing": lambda: None,
         "shared handle": lambda: execute(address, count, space, gpu.raw, index),
         "own handle": lambda: execute(address, count, space, int(getattr(own, "backend_handle", own)), index),
-        "device.run": lambda: gpu.run(plan, pointers),
+        "plan.run": lambda: plan.run(pointers),
         "workspace alone": lambda: torch.empty(plan.workspace, dtype=torch.uint8, device=gpu.torch_device),
         "three gradients alone": lambda: [torch.empty_like(x) for x in (q, k, v)],
     }

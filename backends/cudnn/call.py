@@ -84,9 +84,9 @@ class Call:
             where = self.device.torch_device
             stats = _empty_strided(self._stats_size, self._stats_strides, dtype=_float32, device=where)
             pointers = [q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), stats.data_ptr()]
-            self.device.run(launch.plan, pointers)
+            launch.plan.run(pointers)
             return out, stats, launch
-        self.device.run(launch.plan, [q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()])
+        launch.plan.run([q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()])
         return out, None, launch
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Passed:
@@ -108,7 +108,7 @@ class Call:
         places = self._places(launch, operands, q.device)
         if places is not None:
             given |= places.addresses()
-        self.device.run(launch.plan, [given[uid] for uid in launch.uids])
+        launch.plan.run([given[uid] for uid in launch.uids])
         del kept
         lse = self._finish(out, stats, operands, places)
         return Passed(out, lse, stats, seed, launch)
@@ -235,12 +235,11 @@ class Call:
             dq, dk, dv = _empty_like(q), _empty_like(k), _empty_like(v)
         else:
             dq, dk, dv = [_empty_like(x, memory_format=_dense) for x in (q, k, v)]
-        self.device.run(
-            back.plan,
+        back.plan.run(
             [
                 q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), stats.data_ptr(), pointer,
                 dq.data_ptr(), dk.data_ptr(), dv.data_ptr(),
-            ],
+            ]
         )  # fmt: skip
         return dq, dk, dv
 
@@ -275,7 +274,7 @@ class Call:
         places = self._places(launch, operands, q.device)
         if places is not None:
             given |= places.addresses()
-        self.device.run(launch.plan, [given[uid] for uid in launch.uids])
+        launch.plan.run([given[uid] for uid in launch.uids])
         del kept
         if heads != r.heads_kv:
             dk, dv = (x.unflatten(1, (r.heads_kv, -1)).sum(2) for x in (dk, dv))

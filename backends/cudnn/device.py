@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 from array import array
 from collections.abc import Callable, Sequence
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from attnrt.backends.cudnn.drawing import draw, finish
 from attnrt.backends.cudnn.graphs import GraphSpec
 
-if TYPE_CHECKING:
-    from attnrt.backends.cudnn.plans import Plan
-
+Run = Callable[[Sequence[int]], None]
+"""run(pointers in the order of uid)."""
+Execute = Callable[[int, int, int, int, int], None]
+"""execute(address of the pointers, how many, workspace, handle, which plan of the graph)."""
 
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 """What Triton and Inductor ask too: the stream's address without an object around it."""
@@ -99,19 +101,8 @@ class Device:
         """A graph with its plan, from what `serialize` gave in an earlier process."""
         with self.lock, torch.cuda.device(self.index):
             graph = self.cudnn.pygraph(name="attnrt", handle=self.handle)
-            graph.deserialize(self.handle, list(data))
+            graph.deserialize(self.handle, bytearray(data))  # as a list it takes milliseconds more
         return graph
-
-    def run(self, plan: Plan, pointers: list[int]) -> None:
-        """Run a plan on the current stream, with a workspace from torch's allocator. pointers: in order of uid."""
-        if self.several and _current_device() != self.index:
-            with torch.cuda.device(self.index):
-                return self.run(plan, pointers)
-        if not plan.workspace:
-            return plan.launch(pointers, 0, current_stream(self.index))
-        # It goes back to the allocator at once: whoever gets it next comes later in the stream.
-        workspace = torch.empty(plan.workspace, dtype=torch.uint8, device=self.torch_device)
-        return plan.launch(pointers, workspace.data_ptr(), current_stream(self.index))
 
     def set_stream(self, stream: int) -> None:
         """Hold the lock. Only a change costs anything."""
@@ -119,8 +110,8 @@ class Device:
             self.cudnn.set_stream(handle=self.handle, stream=stream)
             self.stream = stream
 
-    def launcher(self, graph: Any, uids: Sequence[int]) -> Callable[[Sequence[int], int, int], None]:
-        """`launch(pointers in order of uid, workspace, stream)`, both addresses as numbers.
+    def runner(self, graph: Any, uids: Sequence[int], workspace: int) -> Run:
+        """What runs a plan on the current stream, with a workspace of so many bytes from torch's allocator.
 
         Raises:
             RuntimeError: the plan wants other tensors than the graph was drawn with.
@@ -128,30 +119,41 @@ class Device:
         wanted = _wanted(graph)
         if wanted and wanted != list(uids):
             raise RuntimeError(f"the plan takes tensors {wanted}, the graph has {list(uids)}")
-        lock, set_stream, count = self.lock, self.set_stream, len(uids)
         direct = _direct(graph) if wanted else None
-        if direct is not None:
-            execute, index, raw = *direct, self.raw
+        execute, number = direct or (_by_uid(graph, uids, self.handle), 0)
+        index, several, count, raw = self.index, self.several, len(uids), self.raw
+        lock, set_stream, where = self.lock, self.set_stream, self.torch_device
 
-            def launch(pointers: Sequence[int], workspace: int, stream: int) -> None:
-                given = array("Q", pointers)
-                with lock:
-                    if stream != self.stream:
-                        set_stream(stream)
-                    execute(given.buffer_info()[0], count, workspace, raw, index)
-
-            return launch
-        handle = self.handle
-
-        def launch_by_uid(pointers: Sequence[int], workspace: int, stream: int) -> None:
+        def run(pointers: Sequence[int]) -> None:
+            if several and _current_device() != index:
+                with torch.cuda.device(index):
+                    return run(pointers)
+            given, space = array("Q", pointers), 0
+            if workspace:
+                # It goes back to the allocator at once: whoever gets it next comes later in the stream.
+                scratch = torch.empty(workspace, dtype=torch.uint8, device=where)
+                space = scratch.data_ptr()
+            stream = current_stream(index)
             with lock:
-                set_stream(stream)
-                graph.execute(dict(zip(uids, pointers, strict=True)), workspace, handle=handle)
+                if stream != self.stream:
+                    set_stream(stream)
+                execute(given.buffer_info()[0], count, space, raw, number)
+            return None
 
-        return launch_by_uid
+        return run
 
 
-def _direct(graph: Any) -> tuple[Callable[..., None], int] | None:
+def _by_uid(graph: Any, uids: Sequence[int], handle: Any) -> Execute:
+    """`graph.execute` in the form of the frontend's own last step."""
+
+    def execute(pointers: int, count: int, space: int, raw: int, number: int) -> None:
+        given = (ctypes.c_uint64 * count).from_address(pointers)
+        graph.execute(dict(zip(uids, given, strict=True)), space, handle=handle)
+
+    return execute
+
+
+def _direct(graph: Any) -> tuple[Execute, int] | None:
     """The frontend's own last step, where it has it in the form of 1.28: an array of addresses in order of uid, and the
     index of the plan. `graph.execute` arrives there too, many microseconds later."""
     execute = getattr(getattr(graph, "_lowered_graph", None), "_execute_with_raw_ptrs", None)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock, Timer
 from typing import Any
 
-from attnrt.backends.cudnn.device import Device, capturing
+from attnrt.backends.cudnn.device import Device, Run, capturing
 from attnrt.backends.cudnn.graphs import GraphSpec
 from attnrt.backends.cudnn.store import Store
 
@@ -47,14 +47,14 @@ class Counters:
 
 
 class Plan:
-    """An executable graph. `launch(pointers in order of uid, workspace, stream)`."""
+    """An executable graph. `run(pointers in the order of uid)` runs it; workspace: bytes."""
 
-    __slots__ = ("graph", "launch", "workspace")
+    __slots__ = ("graph", "run", "workspace")
 
     def __init__(self, device: Device, spec: GraphSpec, graph: Any) -> None:
         self.graph = graph  # whose list of plans must not be asked for once it was loaded: frontend 1.28 crashes
         self.workspace = max(0, int(graph.get_workspace_size()))
-        self.launch: Callable[[Sequence[int], int, int], None] = device.launcher(graph, [int(u) for u in spec.uids()])
+        self.run: Run = device.runner(graph, [int(u) for u in spec.uids()], self.workspace)
 
 
 class Plans:

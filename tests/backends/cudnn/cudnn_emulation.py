@@ -10,7 +10,6 @@ import ctypes
 import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,15 +65,12 @@ class EmulatedDevice:
     def load(self, data: bytes) -> EmulatedGraph:
         raise RuntimeError("nothing can be loaded")
 
-    def launcher(self, graph: EmulatedGraph, uids: Sequence[int]) -> Callable[[Sequence[int], int, int], None]:
-        def launch(pointers: Sequence[int], workspace: int, stream: int) -> None:
+    def runner(self, graph: EmulatedGraph, uids: Sequence[int], workspace: int) -> Callable[[Sequence[int]], None]:
+        def run(pointers: Sequence[int]) -> None:
             self.launched += 1
             Execution(graph.spec, {Uid(u): p for u, p in zip(uids, pointers, strict=True)}).run()
 
-        return launch
-
-    def run(self, plan: Any, pointers: list[int]) -> None:
-        plan.launch(pointers, 0, 0)
+        return run
 
 
 class Execution:
