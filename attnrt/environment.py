@@ -287,7 +287,10 @@ def _free_memory(device_type: str, index: int | None) -> int | None:
         return int(psutil.virtual_memory().available)
     if device_type == "cuda":
         free, _ = torch.cuda.mem_get_info(index)
-        return int(free + torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index))
+        # Asked once: torch.cuda.memory_reserved and memory_allocated write out and sort all that is known, each.
+        stats = torch.cuda.memory_stats_as_nested_dict(index)
+        reserved, allocated = (stats.get(n, {}).get("all", {}) for n in ("reserved_bytes", "allocated_bytes"))
+        return int(free + reserved.get("current", 0) - allocated.get("current", 0))
     return None
 
 

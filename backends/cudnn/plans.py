@@ -18,8 +18,8 @@ MOST_PLANS = 1024
 """In memory. The one that was asked for longest ago goes first."""
 MOST_DRAFTS = 64
 """Graphs that passed the support check and have no plan yet."""
-
-
+MOST_UNWRITTEN = 64
+"""Plans that wait to go to disk."""
 WRITE_AFTER = 0.5
 
 
@@ -60,8 +60,8 @@ class Plan:
 class Plans:
     """Bounded, safe for threads: one plan is built by one thread, and others that want it wait for it.
 
-    write_after: seconds from a build until plans go to disk, so that the call that built one does not wait for that;
-    the interpreter does, before it exits.
+    write_after: seconds without a build until plans go to disk, so that neither the call that built one waits for that
+    nor the next one that builds; the interpreter does, before it exits.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class Plans:
         self.counters = Counters()
         self._store, self._most, self._write_after = store, most, write_after
         self._unwritten: list[tuple[Device, GraphSpec, Any, Store]] = []
+        self._built_at = 0.0
         self._plans: OrderedDict[tuple[int, GraphSpec], Plan] = OrderedDict()
         self._drafts: OrderedDict[tuple[int, GraphSpec], Any] = OrderedDict()
         self._building: dict[tuple[int, GraphSpec], Lock] = {}
@@ -178,10 +179,19 @@ class Plans:
         if (store := self._store()) is not None:
             with self._lock:
                 self._unwritten.append((device, spec, graph, store))
+                self._built_at = time.monotonic()
                 first = len(self._unwritten) == 1
             if first:
-                Timer(self._write_after, self.flush).start()
+                Timer(self._write_after, self._write_in_a_pause).start()
         return plan
+
+    def _write_in_a_pause(self) -> None:
+        while (
+            len(self._unwritten) < MOST_UNWRITTEN
+            and (left := self._built_at + self._write_after - time.monotonic()) > 0
+        ):
+            time.sleep(left)
+        self.flush()
 
     def flush(self) -> None:
         """Write to disk what was built and is not there yet."""

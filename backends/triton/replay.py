@@ -2,9 +2,9 @@
 
 What a launch costs the host is Python: views by strides, tensor descriptors, constants, options, and Triton's own look
 for the variant. Of all that only pointers change between calls of one plan on tensors of one geometry (strides and
-alignments; the plan has the rest). So the first call writes down what reached the C launcher, with the place of every
-pointer, and later ones copy that list and fill in theirs. Pointers go in as integers, which also spares the launcher a
-question to the driver for each. Tensor maps (TMA) hold a pointer, so each is made anew unless the pointer is the last.
+alignments; the plan has the rest). So the first call writes down what reached the C launcher, as a call of it with
+nothing open but the pointers. They go in as integers, which also spares the launcher a question to the driver for
+each. Tensor maps (TMA) hold a pointer, so each is made anew unless the pointer is the last.
 
 None of this is public in Triton: only releases whose launcher was read are replayed, others are launched each time.
 """
@@ -12,7 +12,7 @@ None of this is public in Triton: only releases whose launcher was read are repl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -21,7 +21,7 @@ from torch import Tensor
 from attnrt.backends.triton.launch import launch
 
 READ = ("3.6.", "3.7.")
-"""Releases in which a launcher's arguments are in the order that `Step` has them."""
+"""Releases in which a launcher's arguments are in the order that `written_out` has them."""
 
 try:
     from triton import knobs
@@ -34,6 +34,8 @@ except ImportError:
 
 Body = Callable[..., None]
 """body(launch, tensors): makes the launches of a pass, with nothing but `tensors` and views made before as tensors."""
+Step = Callable[[Sequence[int], int], None]
+"""step(pointers, stream): one launch again."""
 
 
 class Recording:
@@ -71,86 +73,68 @@ class Recording:
         return None
 
 
-STREAM = 3
-"""Its place in a launcher's arguments."""
+def written_out(compiled: Any, grid: tuple[int, ...], args: Sequence[Any], roles: dict[int, int]) -> Step:
+    """One launch as one call, whose constants stand in its code: a third of the time that lists of them take.
 
+    Raises LookupError, AttributeError or TypeError where something is not as expected.
+    """
+    run = compiled.run
+    if run.global_scratch_size or run.profile_scratch_size:
+        raise LookupError("the kernel wants scratch memory")
+    raw, descriptions = _unwrapped(run.launch)
+    names: dict[str, Any] = {"raw": raw, "kept": compiled}
 
-class Fetch(NamedTuple):
-    """A tensor map: where it stands among the arguments, whose pointer it holds, and the rest of what makes it."""
+    def word(value: Any) -> str:
+        if value is None or type(value) in (int, bool):
+            return repr(value)
+        name = f"fixed_{len(names)}"
+        names[name] = value
+        return name
 
-    at: int
-    role: int
-    before: tuple[Any, ...]
-    after: tuple[Any, ...]
-    last: list[Any]
-    """[pointer, map] of the last call."""
-
-
-class Step:
-    """One launch. Calls the launcher that Triton compiled, with pointers in their places."""
-
-    __slots__ = ("fetches", "flat", "in_one", "keep", "line", "matrices", "pointers", "raw")
-
-    def __init__(self, compiled: Any, grid: tuple[int, ...], args: Sequence[Any], roles: dict[int, int]) -> None:
-        """Raises LookupError, AttributeError or TypeError where something is not as expected."""
-        run = compiled.run
-        if run.global_scratch_size or run.profile_scratch_size:
-            raise LookupError("the kernel wants scratch memory")
-        self.keep = compiled
-        self.raw, descriptions = _unwrapped(run.launch)
-        self.flat: list[Any] = []
-        """The kernel's arguments."""
-        self.pointers: list[tuple[int, int]] = []
-        self.matrices: list[tuple[int, int, tuple[Any, ...]]] = []
-        self.fetches: list[Fetch] = []
-        metas = iter(descriptions)
-        for arg in args:
-            at = len(self.flat)
-            if isinstance(arg, Tensor):
-                self.pointers.append((at, roles[id(arg)]))
-                self.flat.append(0)
-            elif hasattr(arg, "block_shape"):
-                meta = next(metas)
-                if meta is None or meta["fp4_padded"] or getattr(arg, "round_f32_to_tf32", False):
-                    raise LookupError("a descriptor that the hardware does not read")
-                kind = nvidia.TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]]
-                before = (meta["swizzle"], meta["elem_size"], kind, meta["block_size"])
-                after = (arg.shape, arg.strides, int(arg.padding == "nan"))
-                self.fetches.append(Fetch(at, roles[id(arg.base)], before[:4], after, [None, None]))
-                self.flat += [None, *arg.shape, *arg.strides]
-            elif isinstance(arg, tuple) and arg and isinstance(arg[0], Tensor):
-                self.matrices.append((at, roles[id(arg[0])], tuple(arg[1:])))
-                self.flat.append(None)
-            else:
-                self.flat.append(arg)
-        # What comes before those: the grid, the stream, the function, and more by the release.
-        how = run.launch_cooperative_grid, run.launch_pdl
-        self.line: list[Any] = [*(*grid, 1, 1)[:STREAM], 0, compiled.function, *how]
-        self.in_one = hasattr(run, "arg_annotations")  # 3.7: the kernel's arguments are one, behind their types
-        if self.in_one:
-            self.line += [compiled.packed_metadata, *[None] * 5, run.arg_annotations, run.kernel_signature]
+    words: list[str] = []
+    metas = iter(descriptions)
+    for arg in args:
+        if isinstance(arg, Tensor):
+            words.append(f"p[{roles[id(arg)]}]")
+        elif hasattr(arg, "block_shape"):
+            made = Map(arg, next(metas))
+            words += [f"{word(made)}(p[{roles[id(arg.base)]}])", *map(word, (*arg.shape, *arg.strides))]
+        elif isinstance(arg, tuple) and arg and isinstance(arg[0], Tensor):
+            words.append(f"(p[{roles[id(arg[0])]}], {''.join(f'{word(x)}, ' for x in arg[1:])})")
         else:
-            self.line += [None, None, compiled.packed_metadata, None, None, None]
+            words.append(word(arg))
+    first = [*map(word, (*grid, 1, 1)[:3]), "stream"]
+    first += map(word, (compiled.function, run.launch_cooperative_grid, run.launch_pdl))
+    if hasattr(run, "arg_annotations"):  # 3.7: the kernel's arguments are one list, behind their types
+        rest = (compiled.packed_metadata, *[None] * 5, run.arg_annotations, run.kernel_signature)
+        words = [f"[{', '.join(words)}]"]
+    else:
+        rest = (None, None, compiled.packed_metadata, None, None, None)
+    made_of = ", ".join((*first, *map(word, rest), *words))
+    step: Step = eval(f"lambda p, stream: raw({made_of})", names)
+    return step
 
-    def __call__(self, pointers: list[int], stream: int) -> None:
-        flat = self.flat.copy()
-        for at, role in self.pointers:
-            flat[at] = pointers[role]
-        for at, role, rest in self.matrices:
-            flat[at] = (pointers[role], *rest)
-        for at, role, before, after, last in self.fetches:
-            pointer = pointers[role]
-            known, made = last
-            if known != pointer:
-                made = _fill(pointer, *before, *after)
-                last[:] = pointer, made
-            flat[at] = made
-        line = self.line.copy()
-        line[STREAM] = stream
-        if self.in_one:
-            self.raw(*line, flat)
-        else:
-            self.raw(*line, *flat)
+
+class Map:
+    """Tensor maps by pointer. The last one is kept."""
+
+    __slots__ = ("after", "before", "last")
+
+    def __init__(self, description: Any, meta: Any) -> None:
+        """Raises LookupError: the hardware does not read such a descriptor."""
+        if meta is None or meta["fp4_padded"] or getattr(description, "round_f32_to_tf32", False):
+            raise LookupError("a descriptor that the hardware does not read")
+        kind = nvidia.TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]]
+        self.before = meta["swizzle"], meta["elem_size"], kind, meta["block_size"]
+        self.after = description.shape, description.strides, int(description.padding == "nan")
+        self.last: tuple[int, Any] = -1, None
+
+    def __call__(self, pointer: int) -> Any:
+        known, made = self.last
+        if known != pointer:
+            made = _fill(pointer, *self.before, *self.after)
+            self.last = pointer, made
+        return made
 
 
 def _fill(*args: Any) -> Any:
@@ -183,7 +167,7 @@ def _record(tensors: Sequence[Tensor | None], body: Body) -> tuple[Step, ...] | 
 
     body(noting, views)
     try:
-        return tuple(Step(compiled, grid, args, roles) for compiled, grid, args in noted)
+        return tuple(written_out(compiled, grid, args, roles) for compiled, grid, args in noted)
     except (LookupError, AttributeError, TypeError, StopIteration):
         return None
 

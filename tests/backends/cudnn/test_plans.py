@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from cudnn_emulation import EmulatedDevice, EmulatedGraph
 
 from attnrt.backends.cudnn import answers
+from attnrt.backends.cudnn import plans as module
 from attnrt.backends.cudnn.drawing import Unsupported, words
 from attnrt.backends.cudnn.graphs import GraphSpec, Plane, backward_spec, forward_spec, specs
 from attnrt.backends.cudnn.layouts import Strides, bucket, contiguous, shape_of
@@ -236,6 +238,37 @@ def test_it_goes_to_disk_after_the_call(tmp_path: Path) -> None:
             break
         time.sleep(0.05)
     assert len(list(tmp_path.glob("*.plan"))) == 1
+
+
+def test_it_goes_to_disk_when_no_more_are_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing would hold up whoever builds the next."""
+    now, timers = [100.0], []
+    others = [spec(heads_q=16), spec(causal=True)]
+
+    def timer(after: float, then: Callable[[], None]) -> SimpleNamespace:
+        timers.append((after, then))
+        return SimpleNamespace(start=lambda: None)
+
+    def sleep(seconds: float) -> None:
+        """Another is built a tenth of a second before the time is over."""
+        assert seconds > 0.09 and not list(tmp_path.glob("*.plan"))
+        now[0] += seconds - 0.1
+        if others:
+            plans.get(Loads(), others.pop())  # type: ignore[arg-type]
+        now[0] += 0.1
+
+    monkeypatch.setattr(module, "Timer", timer)
+    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter, sleep=sleep)
+    monkeypatch.setattr(module, "time", clock)
+    plans = Plans(lambda: Store(tmp_path))
+    plans.get(Loads(), spec())  # type: ignore[arg-type]
+    ((after, write),) = timers
+    now[0] += after - 0.1
+    plans.get(Loads(), spec(window=(5, 5)))  # type: ignore[arg-type]
+    now[0] += 0.1
+    write()
+    assert len(timers) == 1 and not others
+    assert len(list(tmp_path.glob("*.plan"))) == plans.counters.built == 4
 
 
 def test_a_plan_that_cannot_be_serialised_is_still_one(tmp_path: Path) -> None:

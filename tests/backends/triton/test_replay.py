@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton")
 
-from attnrt.backends.triton.replay import Step
+from attnrt.backends.triton.replay import written_out
 from attnrt.backends.triton.scores import Matrix
 
 
@@ -50,7 +50,7 @@ def test_pointers_go_to_their_places(new: bool) -> None:
     calls: list[tuple[Any, ...]] = []
     a, b = torch.zeros(8), torch.zeros(8)
     args = (Matrix(a, 1, 2, 3), b, None, 0.5, 7, (4, 5), b)
-    step = Step(compiled(calls, new=new), (9,), args, {id(a): 0, id(b): 1})
+    step = written_out(compiled(calls, new=new), (9,), args, {id(a): 0, id(b): 1})
     for pointers in ([100, 200], [300, 400]):
         step(pointers, 77)
         p, q = pointers
@@ -71,7 +71,7 @@ def test_tensor_maps_are_made_for_each_pointer(monkeypatch: pytest.MonkeyPatch) 
     a = torch.zeros(8)
     meta = {"swizzle": 3, "elem_size": 2, "elem_type": 6, "block_size": [1, 64], "fp4_padded": False}
     description = Description(a, [4, 2], [2, 1], [1, 64])
-    step = Step(compiled(calls, metas=[meta]), (1, 2), (description, 5), {id(a): 0})
+    step = written_out(compiled(calls, metas=[meta]), (1, 2), (description, 5), {id(a): 0})
     for pointer in (16, 16, 32, 16):
         step([pointer], 0)
         assert calls.pop()[13:] == (f"map of {pointer}", 4, 2, 2, 1, 5)
@@ -86,4 +86,4 @@ def test_what_cannot_be_replayed_is_refused(wrong: str) -> None:
     args = (Description(a, [8], [1], [8]),) if wrong == "a descriptor in software" else (a,)
     kernel = compiled([], scratch=64 if wrong == "scratch memory" else 0, metas=[None] if args[0] is not a else None)
     with pytest.raises(LookupError):
-        Step(kernel, (1,), args, roles)
+        written_out(kernel, (1,), args, roles)
