@@ -26,6 +26,7 @@ from attnrt.backends.cudnn.rows import (
     padded_rows,
     unread_keys,
 )
+from attnrt.backends.cudnn.sequences import Clearing, usable
 from attnrt.operands import NO_OPERANDS, Operands
 from attnrt.request import AttentionRequest
 
@@ -55,6 +56,7 @@ class Call:
         clean = self.shape.ragged and r.same_lengths and (self.shape.packed_lse or r.packed or not r.needs_lse)
         self.may_die = self.shape.lengths and not clean
         """A query may see no key, or lie where a kernel leaves anything at all."""
+        self.clearing: Clearing | None = Clearing(r, self.shape) if usable(self.shape, self.stats) else None
         self._forwards: dict[Any, Launch] = {}
         self._equal_dims = r.head_dim_qk == r.head_dim_v
         self._stats_size = (r.batch, r.heads_q, r.seqlen_q)
@@ -90,16 +92,14 @@ class Call:
         return out, None, launch
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> Passed:
-        r, shape = self.request, self.shape
+        r = self.request
         if r.paged and not k.shape[0]:
             return self._nothing(q)
         if self.plain:
             out, stats, launch = self.plain_forward(q, k, v)
             return Passed(out, stats if r.needs_lse else None, stats, None, launch)
         launch = self._forward_launch(q, k, v, operands)
-        # What no kernel writes: rows and tokens outside every sequence.
-        new = q.new_zeros if shape.ragged else q.new_empty
-        out = new((*q.shape[:-1], r.head_dim_v))
+        out = self._result((*q.shape[:-1], r.head_dim_v), q)
         stats = self._new_stats(q) if self.stats else None
         given, seed, kept = self._operands(operands, q.device, pages=launch.spec.pages)
         given |= {Uid.Q: q.data_ptr(), Uid.K: k.data_ptr(), Uid.V: v.data_ptr(), Uid.O: out.data_ptr()}
@@ -187,14 +187,21 @@ class Call:
         backward, where +inf gives such rows the weight zero."""
         r = self.request
         lse = self._lse(stats, operands) if stats is not None and r.needs_lse else None
-        if places is not None and self.may_die:
+        dying = places is not None and self.may_die
+        blinded = stats if dying and r.needs_grad else None
+        if places is not None and self.clearing is not None and out.is_cuda:
+            if lse is not None and blinded is not None:
+                lse = lse.clone()
+            lengths = places.length_q, places.length_kv
+            self.clearing.output(lengths, operands.cu_seqlens_q, out, blinded, lse if dying else None)
+        elif places is not None and dying:
             dead = dead_rows(r, places.length_q, places.length_kv, operands.cu_seqlens_q)
             out.masked_fill_(over_rows(dead, r.layout), 0)
             if lse is not None:
                 lse = lse.masked_fill(dead if r.packed else dead[:, None], -torch.inf)
-            if r.needs_grad and stats is not None:
-                self._blind(stats, dead, places)
-        elif r.bias is not None and stats is not None:
+            if blinded is not None:
+                self._blind(blinded, dead, places)
+        if not dying and r.bias is not None and stats is not None:
             dead = stats == -torch.inf  # all that the row could see has a bias of -inf
             out.masked_fill_(heads_last(dead, r.layout)[..., None], 0)
             if r.needs_grad:
@@ -257,7 +264,7 @@ class Call:
         spec = launch.spec
         heads = r.heads_q if shape.heads_apart else r.heads_kv
         sizes = (q.shape, *(self._with_heads(x, heads) for x in (k, v)))
-        dq, dk, dv = (self._gradient(size, q.dtype, q.device, shape.ragged) for size in sizes)
+        dq, dk, dv = (self._result(size, q) for size in sizes)
         given, _, kept = self._operands(operands, q.device, passed.seed)
         given |= {
             Uid.Q: q.data_ptr(), Uid.K: k.data_ptr(), Uid.V: v.data_ptr(), Uid.O: passed.out.data_ptr(),
@@ -266,10 +273,10 @@ class Call:
         }  # fmt: skip
         dbias = dsinks = None
         if spec.bias_grad and operands.bias is not None:
-            dbias = self._gradient(operands.bias.shape, operands.bias.dtype, q.device, True)
+            dbias = torch.zeros(operands.bias.shape, dtype=operands.bias.dtype, device=q.device)
             given[Uid.DBIAS] = dbias.data_ptr()
         if spec.sinks_grad and operands.sinks is not None:
-            dsinks = self._gradient((r.heads_q,), torch.float32, q.device, True)
+            dsinks = torch.zeros((r.heads_q,), dtype=torch.float32, device=q.device)
             given[Uid.DSINKS] = dsinks.data_ptr()
         places = self._places(launch, operands, q.device)
         if places is not None:
@@ -278,8 +285,10 @@ class Call:
         del kept
         if heads != r.heads_kv:
             dk, dv = (x.unflatten(1, (r.heads_kv, -1)).sum(2) for x in (dk, dv))
-        if places is not None and self.may_die:
-            cu_q, cu_kv = operands.cu_seqlens_q, operands.cu_seqlens_kv
+        cu_q, cu_kv = operands.cu_seqlens_q, operands.cu_seqlens_kv
+        if places is not None and self.clearing is not None and dq.is_cuda:
+            self.clearing.gradient((places.length_q, places.length_kv), cu_q, cu_kv, dq, dk, dv)
+        elif places is not None and self.may_die:
             dq.masked_fill_(over_rows(dead_rows(r, places.length_q, places.length_kv, cu_q), r.layout), 0)
             unread = over_rows(unread_keys(r, places.length_q, cu_kv), r.layout)
             dk.masked_fill_(unread, 0)
@@ -327,9 +336,11 @@ class Call:
             return x.shape
         return x.shape[0], heads, *x.shape[2:]  # heads are apart in "bhsd" only
 
-    def _gradient(self, size: tuple[int, ...], dtype: torch.dtype, device: torch.device, clear: bool) -> Tensor:
-        """Cleared where the library leaves some of it as it is."""
-        return (torch.zeros if clear else torch.empty)(size, dtype=dtype, device=device)
+    def _result(self, size: tuple[int, ...], like: Tensor) -> Tensor:
+        """For a plan to write, which leaves rows and tokens outside every sequence as they are: zeros, unless those
+        are set afterwards."""
+        unwritten = self.shape.ragged and (self.clearing is None or not like.is_cuda)
+        return (like.new_zeros if unwritten else like.new_empty)(size)
 
     def _backward_launch(self, forward: Launch, grad: Tensor) -> Launch:
         if (found := forward.backwards.get(grad.stride())) is None:

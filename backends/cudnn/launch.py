@@ -12,6 +12,7 @@ from attnrt.backends.cudnn.graphs import GraphSpec, Plane, Uid
 from attnrt.backends.cudnn.layouts import Strides
 from attnrt.backends.cudnn.plans import PLANS, Plan
 from attnrt.backends.cudnn.rows import CONSTANTS
+from attnrt.backends.cudnn.sequences import Offsets, usable
 from attnrt.lengths import dense
 from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
@@ -84,11 +85,19 @@ class Launch:
             stats = Lane(r.heads_q * r.seqlen_q, 0, 1)
         if Uid.AT_STATS in self.uids:
             self.steps[Uid.AT_STATS] = stats
-        # One table where lengths are padded, or queries and keys have the same cu_seqlens.
+        # One table where lengths are padded, or queries and keys have the same cu_seqlens; else the keys' comes after.
         self.together = not r.packed or r.same_lengths
         queries = [n for uid, n in self.steps.items() if uid not in _KEYS or self.together]
         self.step_q = tuple(dict.fromkeys(queries))
         self.step_kv = () if self.together else tuple(dict.fromkeys(n for u, n in self.steps.items() if u in _KEYS))
+        self.rows = {
+            uid: len(self.step_q) + self.step_kv.index(n) if self.step_kv and uid in _KEYS else self.step_q.index(n)
+            for uid, n in self.steps.items()
+        }
+        """Of each tensor: its row of the table."""
+        self.finds: Offsets | None = None
+        if r.packed and usable(self.spec.shape, False):
+            self.finds = Offsets(r.batch, self.spec.shape.batch, self.step_q, self.step_kv, self.wide)
 
     def places(self, operands: Operands, lengths: tuple[Tensor, Tensor] | None, device: torch.device) -> Places:
         """Lengths and offsets of this call's sequences. lengths: those of a padded batch."""
@@ -97,6 +106,9 @@ class Launch:
         batch = self.spec.shape.batch
         cu_q, cu_kv = operands.cu_seqlens_q, operands.cu_seqlens_kv
         assert cu_q is not None and cu_kv is not None
+        if self.finds is not None and cu_q.is_cuda:
+            length_q, length_kv, offsets = self.finds(cu_q, None if self.together else cu_kv)
+            return Places(length_q, length_kv, length_q, length_kv, self._addresses(offsets), (offsets,))
         cu_q, cu_kv, same = dense(cu_q), dense(cu_kv), self.together
         if batch != self.request.batch:  # sequences of length zero fill the bucket
             first = tuple(min(b, self.request.batch) for b in range(batch + 1))
@@ -105,12 +117,11 @@ class Launch:
             cu_kv = cu_q if same else cu_kv.index_select(0, index)
         length_q = cu_q[1:] - cu_q[:-1]
         length_kv = length_q if same else cu_kv[1:] - cu_kv[:-1]
-        found = length_q, length_kv, length_q, length_kv
         offsets = cu_q * CONSTANTS.get(tuple((n,) for n in self.step_q), self.wide, device)
-        if same:
-            return Places(*found, self._addresses(offsets, None), (offsets,))
-        offsets_kv = cu_kv * CONSTANTS.get(tuple((n,) for n in self.step_kv), self.wide, device)
-        return Places(*found, self._addresses(offsets, offsets_kv), (offsets, offsets_kv))
+        if not same:
+            offsets_kv = cu_kv * CONSTANTS.get(tuple((n,) for n in self.step_kv), self.wide, device)
+            offsets = torch.cat((offsets, offsets_kv))
+        return Places(length_q, length_kv, length_q, length_kv, self._addresses(offsets), (offsets,))
 
     def _padded(self, length_q: Tensor, length_kv: Tensor, device: torch.device) -> Places:
         r, shape = self.request, self.spec.shape
@@ -127,19 +138,13 @@ class Launch:
         if shape.heads_apart:
             read_q = length_q[:, None].expand(-1, heads).reshape(-1).contiguous()
             read_kv = read_q if length_kv is length_q else length_kv[:, None].expand(-1, heads).reshape(-1).contiguous()
-        return Places(length_q, length_kv, read_q, read_kv, self._addresses(offsets, None), (offsets,))
+        return Places(length_q, length_kv, read_q, read_kv, self._addresses(offsets), (offsets,))
 
-    def _addresses(self, offsets: Tensor, offsets_kv: Tensor | None) -> dict[Uid, int]:
-        """Of each tensor's row; without `offsets_kv` the keys' are among the queries'."""
+    def _addresses(self, offsets: Tensor) -> dict[Uid, int]:
+        """Of each tensor's row."""
         first = offsets.data_ptr()
         step = (self.spec.shape.batch + 1) * offsets.element_size()
-        if offsets_kv is None:
-            return {uid: first + self.step_q.index(n) * step for uid, n in self.steps.items()}
-        keys = offsets_kv.data_ptr()
-        return {
-            uid: keys + self.step_kv.index(n) * step if uid in _KEYS else first + self.step_q.index(n) * step
-            for uid, n in self.steps.items()
-        }
+        return {uid: first + row * step for uid, row in self.rows.items()}
 
 
 def readable(bias: Tensor) -> Tensor:
