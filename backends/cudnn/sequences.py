@@ -39,7 +39,8 @@ def usable(shape: Shape, stats: bool) -> bool:
 
 
 def _run(launches: Recording, tensors: Sequence[Tensor | None], body: Any, geometry: Any) -> None:
-    """geometry: the strides that are not the plan's. No kernel here asks how pointers are aligned."""
+    """geometry: the strides that are not the plan's. What a kernel writes is new, and so aligned; of the rest no kernel
+    asks how it lies."""
     first: Tensor = tensors[0]  # type: ignore[assignment]  # never None
     if _several():
         with on(first):
@@ -199,9 +200,11 @@ if triton is not None:
         b = tl.program_id(0)
         real = tl.load(length + b, mask=b < batch, other=0)
         if cu is None:
-            return b, real * 0, rows + real * 0, real
-        first = tl.load(cu + tl.minimum(b, batch) * cu_stride)
-        return b, first, tl.where(b < batch, real, tokens - first), real
+            first, count = real * 0, real * 0 + rows
+        else:
+            first = tl.load(cu + tl.minimum(b, batch) * cu_stride)
+            count = tl.where(b < batch, real, tokens - first)
+        return b, first, count, real
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _seeing(length_q, length_kv, left, right, BOTTOM: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -234,7 +237,7 @@ if triton is not None:
             _fill(x, row, head, heads, 0, tl.minimum(first, count), value, DIM, BLOCK)
             _fill(x, row, head, heads, tl.maximum(first, last), count, value, DIM, BLOCK)
 
-    @triton.jit(do_not_specialize_on_alignment=("length_q", "length_kv", "cu", "out", "stats", "lse"))  # type: ignore[untyped-decorator]
+    @triton.jit(do_not_specialize_on_alignment=("length_q", "length_kv", "cu"))  # type: ignore[untyped-decorator]
     def _clear_output(  # type: ignore[no-untyped-def]
         length_q, length_kv, cu, cu_stride, batch, rows, tokens, left, right,
         out, out_batch, out_row, out_head, stats, stats_batch, stats_row, stats_head, lse, lse_batch, lse_row, lse_head,
@@ -248,7 +251,7 @@ if triton is not None:
         _fill_around(stats, stats_batch, stats_row, stats_head, heads, b, at, count, first, last, inf, 1, 128)
         _fill_around(lse, lse_batch, lse_row, lse_head, heads, b, at, count, first, last, -inf, 1, 128)
 
-    @triton.jit(do_not_specialize_on_alignment=("length_q", "length_kv", "cu_q", "cu_kv", "dq", "dk", "dv"))  # type: ignore[untyped-decorator]
+    @triton.jit(do_not_specialize_on_alignment=("length_q", "length_kv", "cu_q", "cu_kv"))  # type: ignore[untyped-decorator]
     def _clear_gradients(  # type: ignore[no-untyped-def]
         length_q, length_kv, cu_q, cu_q_stride, batch, rows_q, tokens_q, cu_kv, cu_kv_stride, same, rows_kv, tokens_kv,
         left, right, dq, dq_batch, dq_row, dq_head, dk, dk_batch, dk_row, dk_head, dv, dv_batch, dv_row, dv_head,
