@@ -54,9 +54,10 @@ test-triton:
 	@$(PYTHON) tools/venv.py $(VENV)-triton dev,triton-test --torch "$(TORCH)" $(if $(TORCH_INDEX),--index $(TORCH_INDEX))
 	@$(VENV)-triton/bin/python -m pytest tests/backends/triton -n auto
 
-# cuDNN without a GPU: its support check, and full plans, beside our rules, for three GPUs. 2 GB of wheels, minutes.
+# cuDNN without a GPU: its support check, and full plans, beside our rules, for three GPUs; the Triton kernels beside
+# them. 2 GB of wheels, minutes.
 test-cudnn:
-	@$(PYTHON) tools/venv.py $(VENV)-cudnn dev,cudnn-deviceless --torch "$(TORCH)" $(if $(TORCH_INDEX),--index $(TORCH_INDEX))
+	@$(PYTHON) tools/venv.py $(VENV)-cudnn dev,cudnn-deviceless,triton-test --torch "$(TORCH)" $(if $(TORCH_INDEX),--index $(TORCH_INDEX))
 	@$(VENV)-cudnn/bin/python -m pytest tests/backends/cudnn -n 2
 
 # flash-attn 4 without a GPU: what our rules say it takes is compiled for sm90 and sm100. Minutes.

@@ -58,7 +58,7 @@ class Raw(Call):
 
     def __init__(self, case: Case) -> None:
         super().__init__(case.request(), device(0))
-        self.case, self.may_die = case, False
+        self.case, self.may_die, self.clearing = case, False, None
 
     def go(self) -> tuple[Tensor, Tensor]:
         case, r = self.case, self.request

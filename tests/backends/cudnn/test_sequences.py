@@ -121,10 +121,66 @@ print("the same")
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+COMPILES = """
+import itertools
+import codegen
+import torch
+from attnrt.backends.cudnn.layouts import shape_of
+from attnrt.backends.cudnn.sequences import Clearing, Offsets
+from attnrt.request import AttentionRequest
+
+def launch(kernel, grid, *arguments, **options):
+    kernel[grid](*arguments, **options)
+
+with codegen.recorded(ARCH) as found:
+    for layout, dims, alignment, window in itertools.product(
+        ("thd", "bhsd", "sbhd"), ((128, 128), (80, 64)), ("top_left", "bottom_right"), ((None, None), (3, 1))
+    ):
+        packed = layout == "thd"
+        r = AttentionRequest.from_shape(
+            batch=3, heads_q=4, heads_kv=2, seqlen_q=37, seqlen_kv=37, head_dim=dims[0], head_dim_v=dims[1],
+            dtype="bf16", layout=layout, alignment=alignment, window=window, packed=packed, padded=not packed,
+            training=True,
+        )
+        clearing = Clearing(r, shape_of(r, ARCH))
+        size = {"thd": (111, 4), "bhsd": (3, 4, 37), "sbhd": (37, 3, 4)}[layout]
+        dq, dv = (torch.zeros((*size, d), dtype=torch.bfloat16) for d in dims)
+        stats = torch.zeros((111, 4) if packed else (3, 4, 37) if layout == "bhsd" else (3, 37, 4))
+        lse = torch.zeros((4, 111) if packed else (3, 4, 37))
+        lengths = torch.zeros(3, dtype=torch.int32)
+        cu = torch.zeros(4, dtype=torch.int32) if packed else None
+        for a, b in ((stats, lse), (stats, None), (None, None)):
+            clearing._output(launch, (lengths, lengths, cu, dv, a, b))
+        clearing._gradient(launch, (lengths, lengths, cu, cu, dq, dq, dv))
+    cu = torch.zeros(4, dtype=torch.int32)
+    for wide in (torch.int32, torch.int64):
+        table = torch.zeros(5, 5, dtype=wide)
+        Offsets(3, 4, (64, 1, 4096), (8, 2), wide)._body(launch, (cu, cu, lengths, lengths, table))
+        Offsets(3, 4, (512,), (), wide)._body(launch, (cu, None, lengths, None, table))
+assert {name for name, _ in found} == {"_find", "_clear_output", "_clear_gradients"}
+for name, kernel in found:  # rows are zeroed 16 bytes at a time
+    assert name == "_find" or "st.global.v4.b32" in kernel.asm["ptx"], kernel.asm["ptx"]
+print("compiled")
+"""
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+
+def run(script: str, **more: str) -> str:
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tools")))
+    environ = os.environ | {"PYTHONPATH": path} | more
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environ)
+    assert not done.returncode, done.stderr
+    return done.stdout
+
+
+@needs_triton
 @pytest.mark.parametrize("seed", range(3))
 def test_the_kernels_do_what_loops_do(seed: int) -> None:
-    environ = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    script = BESIDE.replace("SEED", str(seed))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environ)
-    assert done.stdout == "the same\n", done.stderr
+    assert run(BESIDE.replace("SEED", str(seed)), TRITON_INTERPRET="1") == "the same\n"
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_they_compile(arch: int) -> None:
+    """What the interpreter runs need not."""
+    assert run(COMPILES.replace("ARCH", str(arch))) == "compiled\n"
