@@ -1,9 +1,10 @@
 """Our cuDNN backend beside the same library reached through PyTorch, on the GPU that is here, in one run.
 
-    PYTHONPATH=. python benchmarks/cudnn_sdpa.py [--quick] [--only host,first,new,sweep,device] [--json cudnn.json]
+    PYTHONPATH=. python benchmarks/cudnn_sdpa.py [--quick] [--only host,first,new,sweep,lengths,device] [--json F]
 
 bf16. Device time is the median of CUDA events with L2 flushed before every call, the two taking turns; host time is
-that of issuing calls on small tensors. "First call" builds a plan; "new process" finds it on disk.
+that of issuing calls on small tensors. "First call" builds a plan; "new process" finds it on disk. "Lengths" are packed
+and padded calls, which PyTorch's kernel has no counterpart for.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ import torch.nn.functional as F
 from cudnn_calls import ours, plans, tensors, theirs
 from cudnn_first import first_calls, new_processes
 from cudnn_host import BOTH, FORWARD, TRAINING, host_times
+from cudnn_lengths import lengths_times
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnrt
 
 TOKENS, WIDTH = 16384, 2048
-PARTS = ("host", "first", "new", "sweep", "device")
+PARTS = ("host", "first", "new", "sweep", "lengths", "device")
 SWEEPS = ("packed", "bshd", "bhsd", "sbhd")
 """Packed, and padded batches of each layout."""
 BARS = {"device": 1.02, "host": 15.0, "disk": 100.0, "plans": 10}
@@ -148,6 +150,7 @@ def main() -> None:
             "first call": first_calls,
             "new process": new_processes,
             **{f"sweep {kind}": lambda kind=kind: sweep(kind) for kind in SWEEPS},  # type: ignore[misc]
+            "lengths": lambda: lengths_times(in_turns),
             "device": lambda: device_times(options.quick),
         }.items():
             if not name.startswith(tuple(options.only.split(","))):
