@@ -6,7 +6,7 @@ reads at run time where each begins and how long it is.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +26,11 @@ from attnrt.backends.cudnn.rows import (
     padded_rows,
     unread_keys,
 )
-from attnrt.backends.cudnn.sequences import Clearing, usable
 from attnrt.operands import NO_OPERANDS, Operands
 from attnrt.request import AttentionRequest
+
+if TYPE_CHECKING:
+    from attnrt.backends.cudnn.sequences import Clearing
 
 _empty_like, _empty_strided = torch.empty_like, torch.empty_strided
 _dense, _float32 = torch.contiguous_format, torch.float32
@@ -56,7 +58,11 @@ class Call:
         clean = self.shape.ragged and r.same_lengths and (self.shape.packed_lse or r.packed or not r.needs_lse)
         self.may_die = self.shape.lengths and not clean
         """A query may see no key, or lie where a kernel leaves anything at all."""
-        self.clearing: Clearing | None = Clearing(r, self.shape) if usable(self.shape, self.stats) else None
+        self.clearing: Clearing | None = None
+        if self.shape.lengths:
+            from attnrt.backends.cudnn import sequences  # imports Triton
+
+            self.clearing = sequences.Clearing(r, self.shape) if sequences.usable(self.shape, self.stats) else None
         self._forwards: dict[Any, Launch] = {}
         self._equal_dims = r.head_dim_qk == r.head_dim_v
         self._stats_size = (r.batch, r.heads_q, r.seqlen_q)

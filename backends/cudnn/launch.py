@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +12,12 @@ from attnrt.backends.cudnn.graphs import GraphSpec, Plane, Uid
 from attnrt.backends.cudnn.layouts import Strides
 from attnrt.backends.cudnn.plans import PLANS, Plan
 from attnrt.backends.cudnn.rows import CONSTANTS
-from attnrt.backends.cudnn.sequences import Offsets, usable
 from attnrt.lengths import dense
 from attnrt.operands import Operands
 from attnrt.request import AttentionRequest
+
+if TYPE_CHECKING:
+    from attnrt.backends.cudnn.sequences import Offsets
 
 _KEYS = frozenset({Uid.AT_K, Uid.AT_V, Uid.AT_DK, Uid.AT_DV})
 _SHARED = frozenset({Uid.AT_K, Uid.AT_V})
@@ -96,8 +98,12 @@ class Launch:
         }
         """Of each tensor: its row of the table."""
         self.finds: Offsets | None = None
-        if r.packed and usable(self.spec.shape, False):
-            self.finds = Offsets(r.batch, self.spec.shape.batch, self.step_q, self.step_kv, self.wide)
+        if r.packed:
+            from attnrt.backends.cudnn import sequences  # imports Triton
+
+            if sequences.usable(self.spec.shape, False):
+                room = self.spec.shape.batch
+                self.finds = sequences.Offsets(r.batch, room, self.step_q, self.step_kv, self.wide)
 
     def places(self, operands: Operands, lengths: tuple[Tensor, Tensor] | None, device: torch.device) -> Places:
         """Lengths and offsets of this call's sequences. lengths: those of a padded batch."""

@@ -166,7 +166,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 def run(script: str, **more: str) -> str:
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tools")))
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tools", ROOT / "tests", Path(__file__).parent)))
     environ = os.environ | {"PYTHONPATH": path} | more
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environ)
     assert not done.returncode, done.stderr
@@ -184,3 +184,21 @@ def test_the_kernels_do_what_loops_do(seed: int) -> None:
 def test_they_compile(arch: int) -> None:
     """What the interpreter runs need not."""
     assert run(COMPILES.replace("ARCH", str(arch))) == "compiled\n"
+
+
+DENSE = """
+import sys
+from attnrt.backends.cudnn.call import Call
+from attnrt.request import AttentionRequest
+from cudnn_emulation import EmulatedDevice
+Call(AttentionRequest.from_shape(batch=2, heads_q=4, seqlen_q=64, head_dim=64, training=True), EmulatedDevice())
+assert "attnrt.backends.cudnn.sequences" not in sys.modules and "triton" not in sys.modules
+Call(AttentionRequest.from_shape(batch=2, heads_q=4, seqlen_q=64, head_dim=64, packed=True), EmulatedDevice())
+assert "attnrt.backends.cudnn.sequences" in sys.modules
+print("not imported")
+"""
+
+
+def test_a_dense_call_does_not_wait_for_triton() -> None:
+    """Importing it takes longer than the rest of a process's first call."""
+    assert run(DENSE) == "not imported\n"
