@@ -53,8 +53,11 @@ _several = cache(lambda: torch.cuda.device_count() > 1)
 
 
 class Offsets:
-    """Finds the sequences of packed calls with one plan. steps: of each table of offsets, elements from one token to
-    the next; queries' tables come first. same: keys have the queries' lengths."""
+    """Finds the sequences of packed calls with one plan.
+
+    batch: sequences of a call. room: of the plan. steps: of each table of offsets, elements from one token to the next;
+    those by the queries' `cu_seqlens` come first.
+    """
 
     def __init__(
         self, batch: int, room: int, steps_q: Sequence[int], steps_kv: Sequence[int], wide: torch.dtype

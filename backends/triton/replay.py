@@ -74,7 +74,7 @@ class Recording:
 
 
 def written_out(compiled: Any, grid: tuple[int, ...], args: Sequence[Any], roles: dict[int, int]) -> Step:
-    """One launch as one call, whose constants stand in its code: a third of the time that lists of them take.
+    """One launch as one call, whose constants stand in its code: less than half the time that lists of them take.
 
     Raises LookupError, AttributeError or TypeError where something is not as expected.
     """
