@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnrt.backends.cudnn.device import capturing
 from attnrt.backends.cudnn.layouts import AXES, Shape
 from attnrt.request import AttentionRequest
 
@@ -20,6 +21,7 @@ try:
     import triton
     import triton.language as tl
 
+    from attnrt.backends.triton.launch import working
     from attnrt.backends.triton.replay import Recording, on
 except ImportError:  # CUDA builds of torch bring it
     triton = None
@@ -34,8 +36,10 @@ Rows = tuple[int, int, int]
 
 
 def usable(shape: Shape, stats: bool) -> bool:
-    """Whether these kernels do what a call needs: its LSE lies as its rows do, if it has one."""
-    return triton is not None and shape.lengths and (not stats or not shape.ragged or shape.packed_lse)
+    """Whether these kernels do what a call needs, its LSE lying as its rows do if it has one, and can run here."""
+    fitting = shape.lengths and (not stats or not shape.ragged or shape.packed_lse)
+    # Nothing is tried out during a capture.
+    return fitting and triton is not None and torch.cuda.is_available() and (capturing() or working())
 
 
 def _run(launches: Recording, tensors: Sequence[Tensor | None], body: Any, geometry: Any) -> None:

@@ -22,6 +22,7 @@ try:
     import triton
     import triton.language as tl
 
+    from attnrt.backends.triton.launch import working
     from attnrt.backends.triton.replay import Recording, on
 except ImportError:  # CUDA builds of torch bring it; without, whole tensors are masked
     triton = None
@@ -39,8 +40,9 @@ class Tails:
     def __init__(self, r: AttentionRequest) -> None:
         self.trained = r.needs_grad
         self.several = torch.cuda.device_count() > 1
-        self.forwards: Recording | None = None if triton is None else Recording()
-        self.backwards: Recording | None = None if triton is None else Recording()
+        launched = triton is not None and torch.cuda.is_available() and (r.capturing or working())
+        self.forwards: Recording | None = Recording() if launched else None
+        self.backwards: Recording | None = Recording() if launched else None
 
     def __call__(self, out: Tensor, lse: Tensor | None, operands: Operands) -> None:
         """out: (T, H, D). lse: (H, T). Rows from cu_seqlens[-1] on are set."""

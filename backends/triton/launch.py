@@ -11,6 +11,8 @@ None of this is public. Only releases whose code was read take the short way; ot
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from typing import Any, NamedTuple
 
 import triton
@@ -27,6 +29,27 @@ try:
     _short = triton.__version__.startswith(READ)
 except ImportError:
     _short = False
+
+
+@triton.jit
+def _nothing(n):  # type: ignore[no-untyped-def]
+    pass
+
+
+@cache
+def working() -> bool:
+    """Whether a kernel can be launched on this machine, for what can do without: Triton needs a driver, and a C
+    compiler the first time. Tried once, by one that does nothing; if it cannot, a warning says why."""
+    try:
+        _nothing[(1,)](2)
+    except Exception as error:
+        said = (
+            f"attnrt: Triton cannot launch a kernel here ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        )
+        text = f"{said}; packed and padded calls of other backends take longer without"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return False
+    return True
 
 
 class Variant(NamedTuple):

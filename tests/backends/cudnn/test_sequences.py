@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from attnrt.backends.cudnn import sequences
+from attnrt.backends.cudnn.layouts import shape_of
+from attnrt.request import AttentionRequest
+
 ROOT = Path(__file__).resolve().parents[3]
 BESIDE = """
 import random
@@ -202,3 +206,27 @@ print("not imported")
 def test_a_dense_call_does_not_wait_for_triton() -> None:
     """Importing it takes longer than the rest of a process's first call."""
     assert run(DENSE) == "not imported\n"
+
+
+@needs_triton
+@pytest.mark.parametrize("works", [True, False])
+def test_without_a_triton_that_works_operators_do_it(works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(sequences, "working", lambda: (asked.append("asked"), works)[1])
+    request = AttentionRequest.from_shape(batch=2, heads_q=4, seqlen_q=64, head_dim=64, packed=True)
+    shape = shape_of(request, 90)
+    assert not sequences.usable(shape, False) and not asked  # on a CPU
+    monkeypatch.setattr(sequences.torch.cuda, "is_available", lambda: True)
+    assert sequences.usable(shape, False) is works and asked
+    asked.clear()
+    monkeypatch.setattr(sequences, "capturing", lambda: True)
+    assert sequences.usable(shape, False) and not asked
+    assert not sequences.usable(shape_of(request, 80), True)  # whose LSE is padded
+
+
+@needs_triton
+def test_a_dense_call_has_no_use_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequences, "working", lambda: pytest.fail("tried"))
+    monkeypatch.setattr(sequences.torch.cuda, "is_available", lambda: True)
+    request = AttentionRequest.from_shape(batch=2, heads_q=4, seqlen_q=64, head_dim=64)
+    assert not sequences.usable(shape_of(request, 90), False)

@@ -26,6 +26,22 @@ pytestmark = [
 LENGTHS = (1024, 1000, 1001, 1008, 77, 4096, 2047, 2, 16)
 
 
+def test_whether_a_kernel_can_be_launched_is_tried_once() -> None:
+    from attnrt.backends.triton.launch import working
+
+    working.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match=r"Triton cannot launch a kernel here \(.*driver"):
+            assert not working()  # there is no GPU
+        assert not working()  # and no second warning
+        working.cache_clear()
+        with codegen().recorded(90) as found:
+            assert working() and working()
+        assert [name for name, _ in found] == ["_nothing"]
+    finally:
+        working.cache_clear()
+
+
 @contextmanager
 def counted() -> Iterator[dict[str, set[str]]]:
     """Which variants of each kernel would be compiled: their keys by kernel. Nothing is."""
