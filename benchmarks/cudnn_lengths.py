@@ -3,14 +3,12 @@ sequences and clears the rows of none."""
 
 from __future__ import annotations
 
-import gc
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from cudnn_host import FORWARD, TRAINING, issued
 from torch import Tensor
 
 import attnrt
@@ -66,7 +64,7 @@ def lengths_times(in_turns: Callable[[dict[str, Callable[[], Any]], int], dict[s
     for batch in LARGE:
         found |= {f"{batch}: device, {way}": us for way, us in in_turns(calls(batch), 30).items()}
     for batch in SMALL:
-        found |= {f"{batch}: host, {way}": host_us(call) for way, call in calls(batch).items()}
+        found |= {f"{batch}: host, {way}": us for way, us in issued(calls(batch)).items()}
     return found
 
 
@@ -85,25 +83,7 @@ def calls(batch: Batch) -> dict[str, Callable[[], Any]]:
     out = forward()
     grad = torch.randn_like(out)
     return {
-        "forward": inference,
-        "forward in training": forward,
+        FORWARD: inference,
+        TRAINING: forward,
         "backward": lambda: torch.autograd.grad(out, qkv, grad, retain_graph=True),
     }
-
-
-def host_us(call: Callable[[], Any], rounds: int = 60, each: int = 10) -> float:
-    """Median over rounds of a few calls, which the device is done with first."""
-    call()
-    times = []
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(each):
-                call()
-            times.append((time.perf_counter() - start) / each * 1e6)
-    finally:
-        gc.enable()
-    return statistics.median(times)

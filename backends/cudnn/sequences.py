@@ -7,7 +7,6 @@ two `cu_seqlens` took twice as long as the plan, those with one a fifth longer (
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,8 +20,8 @@ try:
     import triton
     import triton.language as tl
 
-    from attnrt.backends.triton.launch import working
-    from attnrt.backends.triton.replay import Recording, on
+    from attnrt.backends.triton.launch import launchable
+    from attnrt.backends.triton.replay import Recording
 except ImportError:  # CUDA builds of torch bring it
     triton = None
     _find = _clear_output = _clear_gradients = None
@@ -38,22 +37,12 @@ Rows = tuple[int, int, int]
 def usable(shape: Shape, stats: bool) -> bool:
     """Whether these kernels do what a call needs, its LSE lying as its rows do if it has one, and can run here."""
     fitting = shape.lengths and (not stats or not shape.ragged or shape.packed_lse)
-    # Nothing is tried out during a capture.
-    return fitting and triton is not None and torch.cuda.is_available() and (capturing() or working())
+    return fitting and triton is not None and launchable(capturing())
 
 
-def _run(launches: Recording, tensors: Sequence[Tensor | None], body: Any, geometry: Any) -> None:
-    """geometry: the strides that are not the plan's. What a kernel writes is new, and so aligned; of the rest no kernel
-    asks how it lies."""
-    first: Tensor = tensors[0]  # type: ignore[assignment]  # never None
-    if _several():
-        with on(first):
-            launches(tensors, body, geometry)
-    else:
-        launches(tensors, body, geometry)
-
-
-_several = cache(lambda: torch.cuda.device_count() > 1)
+def _strides(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The geometry of a launch. What a kernel writes is new and so aligned; of the rest no kernel asks how it lies."""
+    return tuple([None if x is None else x.stride() for x in tensors])
 
 
 class Offsets:
@@ -79,7 +68,7 @@ class Offsets:
         tables = len(self.steps_q) + len(self.steps_kv)
         offsets = torch.empty((tables, self.room + 1), dtype=self.wide, device=gpu)
         tensors = (cu_q, cu_kv, length_q, None if cu_kv is None else length_kv, offsets)
-        _run(self.launches, tensors, self._body, (cu_q.stride(), None if cu_kv is None else cu_kv.stride()))
+        self.launches.there(tensors, self._body, _strides(cu_q, cu_kv))
         return length_q, length_kv, offsets
 
     def _body(self, launch: Any, tensors: Sequence[Tensor | None]) -> None:
@@ -113,8 +102,7 @@ class Clearing:
         """lengths: (B,) or longer, of queries and keys. cu_q: of a packed call. stats: as the plan wrote them. lse: as
         the contract has it."""
         tensors = (*lengths, cu_q, out, stats, lse)
-        geometry = None if cu_q is None else cu_q.stride(), stats is None, None if lse is None else lse.stride()
-        _run(self.outputs, tensors, self._output, geometry)
+        self.outputs.there(tensors, self._output, (*_strides(cu_q, lse), stats is None))
 
     def _output(self, launch: Any, tensors: Sequence[Tensor | None]) -> None:
         length_q, length_kv, cu_q, out, stats, lse = tensors
@@ -137,8 +125,7 @@ class Clearing:
     ) -> None:
         """Also of keys in sequences without a query."""
         tensors = (*lengths, cu_q, cu_kv, dq, dk, dv)
-        geometry = tuple([None if c is None else c.stride() for c in (cu_q, cu_kv)])
-        _run(self.gradients, tensors, self._gradient, geometry)
+        self.gradients.there(tensors, self._gradient, _strides(cu_q, cu_kv))
 
     def _gradient(self, launch: Any, tensors: Sequence[Tensor | None]) -> None:
         length_q, length_kv, cu_q, cu_kv, dq, dk, dv = tensors

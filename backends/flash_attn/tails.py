@@ -22,8 +22,8 @@ try:
     import triton
     import triton.language as tl
 
-    from attnrt.backends.triton.launch import working
-    from attnrt.backends.triton.replay import Recording, on
+    from attnrt.backends.triton.launch import launchable
+    from attnrt.backends.triton.replay import Recording
 except ImportError:  # CUDA builds of torch bring it; without, whole tensors are masked
     triton = None
     _clear_output = _clear_gradients = None
@@ -39,8 +39,7 @@ class Tails:
 
     def __init__(self, r: AttentionRequest) -> None:
         self.trained = r.needs_grad
-        self.several = torch.cuda.device_count() > 1
-        launched = triton is not None and torch.cuda.is_available() and (r.capturing or working())
+        launched = triton is not None and launchable(r.capturing)
         self.forwards: Recording | None = Recording() if launched else None
         self.backwards: Recording | None = Recording() if launched else None
 
@@ -62,11 +61,8 @@ class Tails:
         offsets: Tensor = tensors[0]  # type: ignore[assignment]  # never None
         if launches is None or not offsets.is_cuda:
             body(_mask, tensors)
-        elif self.several:
-            with on(offsets):
-                launches(tensors, body, geometry)
         else:
-            launches(tensors, body, geometry)
+            launches.there(tensors, body, geometry)
 
 
 def _forward(launch: Any, tensors: Sequence[Tensor | None]) -> None:
@@ -89,8 +85,8 @@ def _part(x: Tensor | None, offsets: Tensor | None) -> tuple[Any, ...]:
 
 def _mask(_: Any, __: Any, *arguments: Any, **___: Any) -> None:
     """The same without Triton, in whole tensors."""
-    lse = arguments[8] if len(arguments) == 9 else None
-    for x, offsets in zip(arguments[::8], arguments[1::8], strict=False):
+    *parts, lse = arguments if len(arguments) % 8 else (*arguments, None)
+    for x, offsets in zip(parts[::8], parts[1::8], strict=True):
         if x is None:
             continue
         stray = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype) >= offsets[-1]

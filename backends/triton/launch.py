@@ -15,6 +15,7 @@ import warnings
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.runtime.jit import JITFunction
 
@@ -50,6 +51,11 @@ def working() -> bool:
         warnings.warn(text, RuntimeWarning, stacklevel=2)
         return False
     return True
+
+
+def launchable(capturing: bool) -> bool:
+    """Whether what can do without kernels may launch them. Nothing is tried during a capture."""
+    return torch.cuda.is_available() and (capturing or working())
 
 
 class Variant(NamedTuple):

@@ -12,6 +12,7 @@ None of this is public in Triton: only releases whose launcher was read are repl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -71,6 +72,16 @@ class Recording:
         for step in steps:
             step(pointers, stream)
         return None
+
+    def there(self, tensors: Sequence[Tensor | None], body: Body, geometry: Any) -> None:
+        """The same on the first tensor's device, whichever is current."""
+        if not _several():
+            return self(tensors, body, geometry)
+        with on(tensors[0]):  # type: ignore[arg-type]  # never None
+            return self(tensors, body, geometry)
+
+
+_several = cache(lambda: torch.cuda.device_count() > 1)
 
 
 def written_out(compiled: Any, grid: tuple[int, ...], args: Sequence[Any], roles: dict[int, int]) -> Step:

@@ -212,7 +212,7 @@ def test_a_dense_call_does_not_wait_for_triton() -> None:
 @pytest.mark.parametrize("works", [True, False])
 def test_without_a_triton_that_works_operators_do_it(works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(sequences, "working", lambda: (asked.append("asked"), works)[1])
+    monkeypatch.setattr("attnrt.backends.triton.launch.working", lambda: (asked.append("asked"), works)[1])
     request = AttentionRequest.from_shape(batch=2, heads_q=4, seqlen_q=64, head_dim=64, packed=True)
     shape = shape_of(request, 90)
     assert not sequences.usable(shape, False) and not asked  # on a CPU
@@ -226,7 +226,7 @@ def test_without_a_triton_that_works_operators_do_it(works: bool, monkeypatch: p
 
 @needs_triton
 def test_a_dense_call_has_no_use_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sequences, "working", lambda: pytest.fail("tried"))
+    monkeypatch.setattr("attnrt.backends.triton.launch.working", lambda: pytest.fail("tried"))
     monkeypatch.setattr(sequences.torch.cuda, "is_available", lambda: True)
     request = AttentionRequest.from_shape(batch=2, heads_q=4, seqlen_q=64, head_dim=64)
     assert not sequences.usable(shape_of(request, 90), False)
