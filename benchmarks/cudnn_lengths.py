@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from cudnn_host import FORWARD, TRAINING, issued
 from torch import Tensor
 
 import attnrt
+
+Calls = dict[str, Callable[[], Any]]
 
 
 class Batch(NamedTuple):
@@ -58,8 +59,10 @@ def tensors(batch: Batch, device: str = "cuda") -> tuple[list[Tensor], dict[str,
     ], options
 
 
-def lengths_times(in_turns: Callable[[dict[str, Callable[[], Any]], int], dict[str, float]]) -> dict[str, float]:
-    """Microseconds. in_turns: the device's, of calls by name, so many times each."""
+def lengths_times(
+    in_turns: Callable[[Calls, int], dict[str, float]], issued: Callable[[Calls], dict[str, float]]
+) -> dict[str, float]:
+    """Microseconds. in_turns: the device's, of calls by name, so many times each. issued: the host's."""
     found = {}
     for batch in LARGE:
         found |= {f"{batch}: device, {way}": us for way, us in in_turns(calls(batch), 30).items()}
@@ -68,7 +71,7 @@ def lengths_times(in_turns: Callable[[dict[str, Callable[[], Any]], int], dict[s
     return found
 
 
-def calls(batch: Batch) -> dict[str, Callable[[], Any]]:
+def calls(batch: Batch) -> Calls:
     qkv, options = tensors(batch)
 
     def forward() -> Tensor:
@@ -83,7 +86,7 @@ def calls(batch: Batch) -> dict[str, Callable[[], Any]]:
     out = forward()
     grad = torch.randn_like(out)
     return {
-        FORWARD: inference,
-        TRAINING: forward,
+        "forward": inference,
+        "forward, training": forward,
         "backward": lambda: torch.autograd.grad(out, qkv, grad, retain_graph=True),
     }

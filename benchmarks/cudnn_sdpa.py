@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from cudnn_calls import ours, plans, tensors, theirs
 from cudnn_first import first_calls, new_processes
-from cudnn_host import BOTH, FORWARD, TRAINING, host_times
+from cudnn_host import BOTH, FORWARD, TRAINING, host_times, issued
 from cudnn_lengths import lengths_times
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -150,7 +150,7 @@ def main() -> None:
             "first call": first_calls,
             "new process": new_processes,
             **{f"sweep {kind}": lambda kind=kind: sweep(kind) for kind in SWEEPS},  # type: ignore[misc]
-            "lengths": lambda: lengths_times(in_turns),
+            "lengths": lambda: lengths_times(in_turns, issued),
             "device": lambda: device_times(options.quick),
         }.items():
             if not name.startswith(tuple(options.only.split(","))):

@@ -24,12 +24,6 @@ def benchmark() -> Any:
     return sys.modules[name]
 
 
-@pytest.fixture(autouse=True)
-def beside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It imports others of its folder."""
-    monkeypatch.syspath_prepend(str(PATH.parent))
-
-
 @pytest.mark.parametrize("kind", ["packed", "packed twice", "padded"])
 def test_batches_are_of_their_kind(kind: str) -> None:
     (batch,) = (b for b in benchmark().SMALL if b.kind == kind)
